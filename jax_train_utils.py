@@ -1,0 +1,481 @@
+"""
+What train_jax.py is made of: pure functions with explicit arguments.
+Schedule and optimizer, batches, devices and sharding, the jitted steps, checkpoints.
+"""
+
+import logging
+import math
+import os
+import pickle
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from jax_transformer import GPT, UserError
+
+
+def report_user_error(kind, error, traceback):
+    """sys.excepthook of the scripts: a UserError is one line, everything else keeps its traceback."""
+    if issubclass(kind, UserError):
+        print(f'error: {error}', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+# -----------------------------------------------------------------------------
+# learning rate and optimizer
+
+def create_learning_rate_schedule(learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_lr=True):
+    """nanoGPT's get_lr as a callable: iteration to learning rate.
+
+    Linear warmup, cosine down to min_lr at lr_decay_iters, then constant; constant throughout without
+    decay_lr. float64 for a Python int, float32 for a traced iteration.
+    """
+    def schedule(it):
+        if not decay_lr:
+            return learning_rate
+        xp = jnp if isinstance(it, jax.Array) else np
+        warmup = learning_rate * (it + 1) / (warmup_iters + 1)
+        ratio = xp.clip((it - warmup_iters) / max(1, lr_decay_iters - warmup_iters), 0, 1)
+        decayed = min_lr + 0.5 * (1 + xp.cos(math.pi * ratio)) * (learning_rate - min_lr)
+        return xp.where(it < warmup_iters, warmup, xp.where(it > lr_decay_iters, min_lr, decayed))
+    return schedule
+
+
+def decay_mask(params):
+    """True for the tensors that are decayed: those of two or more dimensions, embeddings included."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+def decay_groups(params):
+    """(decayed tensors, the others), as lists."""
+    leaves = jax.tree.leaves(params)
+    return [p for p in leaves if p.ndim >= 2], [p for p in leaves if p.ndim < 2]
+
+
+def create_optimizer(schedule, weight_decay, betas, grad_clip):
+    """torch's clip_grad_norm_ and AdamW with nanoGPT's two groups, as one optax transformation.
+
+    grad_clip: largest global norm of the gradient; 0 means no clipping.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
+        optax.adamw(schedule, b1=betas[0], b2=betas[1], eps=1e-8, weight_decay=weight_decay, mask=decay_mask),
+    )
+
+
+# -----------------------------------------------------------------------------
+# data: raw uint16 token ids in data/<dataset>/{train,val}.bin, meta.pkl for a vocabulary of its own
+
+TRAIN, EVAL = 0, 1  # the purposes that batches are drawn for
+
+
+def batch_offsets(n_rows, n_offsets, seed, iter_num, purpose):
+    """int64 (n_rows,) offsets below n_offsets: a function of (seed, iter_num, purpose) and nothing else."""
+    # a counter-based generator needs no state, so a resumed run draws what it would have drawn;
+    # NumPy's, since OpenWebText's offsets do not fit jax.random's int32
+    rng = np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, iter_num]))
+    return rng.integers(n_offsets, size=n_rows)
+
+
+def open_tokens(data_dir, split, block_size):
+    """The memory-mapped uint16 ids of a split. Raises UserError where there is no batch to draw from."""
+    path = os.path.join(data_dir, f'{split}.bin')
+    if not os.path.exists(path):
+        raise UserError(f'{path} does not exist: prepare the data first, with python {os.path.join(data_dir, "prepare.py")}')
+    size = os.path.getsize(path)
+    if size % 2 or size // 2 < block_size + 1:
+        raise UserError(f'{path} has {size} bytes; it must hold at least block_size + 1 = {block_size + 1} '
+                        'token ids of two bytes each')
+    return np.memmap(path, dtype=np.uint16, mode='r')
+
+
+def get_batch(data_dir, split, n_rows, block_size, seed, iter_num, purpose=TRAIN):
+    """x, y: int32 (n_rows, block_size); y is x one token on."""
+    # the file is mapped anew for every batch: a long-lived map would count all it ever read as ours
+    tokens = open_tokens(data_dir, split, block_size)
+    offsets = batch_offsets(n_rows, len(tokens) - block_size, seed, iter_num, purpose)
+    rows = tokens[offsets[:, None] + np.arange(block_size + 1)].astype(np.int32)  # (n_rows, block_size + 1)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def get_train_batch(mesh, data_dir, n_rows, n_micro, block_size, seed, iter_num):
+    """x, y of one optimizer step on the mesh's devices: int32 (n_micro, n_rows / n_micro, block_size)."""
+    x, y = get_batch(data_dir, 'train', n_rows, block_size, seed, iter_num)
+    return shard_batch(mesh, *(a.reshape(n_micro, -1, block_size) for a in (x, y)))
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads plain dicts, lists, strings and numbers; a pickle that names anything else is refused, not run."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}; only plain Python data is allowed')
+
+
+def load_meta(data_dir):
+    """meta.pkl of a data set ({'vocab_size', 'stoi', 'itos'} for characters), or None where there is none."""
+    path = os.path.join(data_dir, 'meta.pkl')
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, 'rb') as f:
+            return PlainUnpickler(f).load()
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise UserError(f'cannot read {path}: {e}; make it again with the prepare.py beside it') from e
+
+
+def create_codec(chars):
+    """(encode, decode): text to ids and back, by a list of characters, or GPT-2's BPE where it is None.
+
+    encode raises UserError for a character that is not among them.
+    """
+    if chars is None:
+        return _gpt2_codec()
+    ids = {c: i for i, c in enumerate(chars)}
+
+    def encode(text):
+        unknown = sorted(set(text) - ids.keys())
+        if unknown:
+            raise UserError(f'the model never saw the characters {unknown}; it knows {"".join(chars)!r}')
+        return [ids[c] for c in text]
+    return encode, lambda tokens: ''.join(chars[i] for i in tokens)
+
+
+def read_prompt(start):
+    """--start as text; FILE:name reads a UTF-8 file. Raises UserError for a missing, empty or undecodable one."""
+    if start.startswith('FILE:'):
+        try:
+            with open(start[5:], encoding='utf-8') as f:
+                start = f.read()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f'cannot read the prompt file {start[5:]}: {e}') from e
+    if not start:
+        raise UserError('the prompt is empty; give at least one character with --start')
+    return start
+
+
+def _gpt2_codec():
+    try:
+        import tiktoken
+        enc = tiktoken.get_encoding('gpt2')
+    except Exception as e:  # not installed, or its files neither cached nor reachable: many types
+        raise UserError(f'the GPT-2 tokenizer cannot be loaded ({type(e).__name__}): pip install tiktoken, and let it '
+                        'download its files once, or point TIKTOKEN_CACHE_DIR to a folder that has them') from e
+    n = enc.n_vocab  # a model's vocabulary may be padded past it
+    return (lambda text: enc.encode(text, allowed_special={'<|endoftext|>'}),
+            lambda tokens: enc.decode([t for t in tokens if t < n]))
+
+
+# -----------------------------------------------------------------------------
+# devices and sharding
+
+# bf16 dense peaks in FLOP/s, from the makers' data sheets; the first name found in the device's own counts
+PEAK_FLOPS = {
+    'h100 nvl': 835e12, 'h100 pcie': 756.5e12, 'h100': 989.5e12, 'h200 nvl': 836e12, 'h200': 989.5e12,
+    'a100': 312e12, 'l4': 121e12, 'rtx 4090': 165.2e12,
+    'tpu v4': 275e12, 'tpu v5 lite': 197e12, 'tpu v5e': 197e12, 'tpu v5p': 459e12, 'tpu v5': 459e12,
+    'tpu v6 lite': 918e12, 'tpu v6e': 918e12,
+}
+
+
+def peak_flops(device):
+    """(peak FLOP/s of a device in bfloat16, what it is the peak of). nanoGPT's A100 where the device is not known."""
+    kind = device.device_kind.lower()
+    for name, peak in PEAK_FLOPS.items():
+        if name in kind:
+            return peak, device.device_kind
+    return PEAK_FLOPS['a100'], 'an A100'
+
+
+def select_devices(device='auto'):
+    """The devices that --device names: auto, cpu, gpu or cuda, cuda:1 for one of them, tpu.
+
+    To be called before JAX is used otherwise. Raises UserError for what is absent or unknown.
+    """
+    platform, _, index = device.partition(':')
+    if platform == 'mps':
+        raise UserError("device 'mps' is PyTorch's name for Apple's GPU, which JAX does not support well; use --device=cpu")
+    if platform not in ('auto', 'cpu', 'gpu', 'cuda', 'tpu') or (index and not index.isdecimal()):
+        raise UserError(f'device is {device!r}; it must be auto, cpu, gpu, cuda, tpu, or one of several such as cuda:1')
+    if platform == 'cpu':
+        jax.config.update('jax_platforms', 'cpu')  # leaves a GPU to others
+    try:
+        devices = jax.devices(None if platform == 'auto' else platform)
+    except RuntimeError as e:
+        raise UserError(f'device {device!r} was asked for, but JAX sees only {jax.default_backend()}; '
+                        'use --device=auto, or install the JAX for that device (see requirements_jax.txt)') from e
+    if index:
+        if int(index) >= len(devices):
+            raise UserError(f'device {device!r} was asked for, but there are only {len(devices)}, counted from 0')
+        devices = [devices[int(index)]]
+    if platform == 'auto' and devices[0].platform == 'cpu' and os.path.exists('/dev/nvidia0'):
+        print('WARNING: this machine has an NVIDIA GPU, but JAX sees only the CPU; see requirements_jax.txt')
+    jax.config.update('jax_default_device', devices[0])
+    return devices
+
+
+def compute_dtype(dtype, devices):
+    """The compute type that `dtype` comes to on these devices: float32 on a CPU, as in nanoGPT."""
+    return 'float32' if devices[0].platform == 'cpu' else dtype
+
+
+def make_mesh(devices):
+    """One mesh with the axes data and fsdp, all devices on data."""
+    return jax.make_mesh((len(devices), 1), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def share_rows(n_rows, batch_size, n_devices):
+    """How a step's rows are shared: (devices used, micro-steps).
+
+    Uses the largest number of devices that divides the rows; each takes an equal share, in the fewest
+    equal micro-batches of at most batch_size rows.
+    """
+    used = max(n for n in range(1, n_devices + 1) if n_rows % n == 0)
+    share = n_rows // used
+    return used, share // max(m for m in range(1, batch_size + 1) if share % m == 0)
+
+
+def replicated(mesh):
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_batch(mesh, *arrays):
+    """Arrays (..., rows, T) onto the devices, the rows split over all of them."""
+    spec = PartitionSpec(*[None] * (arrays[0].ndim - 2), ('data', 'fsdp'))
+    return jax.device_put(arrays, NamedSharding(mesh, spec))
+
+
+# -----------------------------------------------------------------------------
+# the training state and the jitted steps
+
+def create_train_state(model, tx):
+    """{'params', 'opt_state', 'loss_scale'} of a model: plain dicts of arrays, which jit dispatches fastest."""
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    # the loss scale is there for every dtype, so that a run can be resumed in another; GradScaler's first scale
+    loss_scale = {'scale': jnp.float32(65536), 'good_steps': jnp.int32(0)}
+    return {'params': params, 'opt_state': tx.init(params), 'loss_scale': loss_scale}
+
+
+def init_train_state(config, tx, seed, mesh):
+    """The state of a new model, created on the mesh's devices."""
+    def init():
+        return create_train_state(GPT(config, rngs=nnx.Rngs(seed)), tx)
+    return jax.jit(init, out_shardings=replicated(mesh))()
+
+
+def place_train_state(model, tx, mesh):
+    """The state of a model that has weights already, on the mesh's devices."""
+    return jax.device_put(create_train_state(model, tx), replicated(mesh))
+
+
+def split_model(config):
+    """A model without weights (for its shapes), its graph definition in training mode, and in evaluation mode."""
+    model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)))
+    model.eval()
+    eval_graphdef = nnx.split(model, nnx.Param)[0]
+    model.train()
+    return model, nnx.split(model, nnx.Param)[0], eval_graphdef
+
+
+def update_loss_scale(loss_scale, finite):
+    """GradScaler's rule: half the scale after an overflow, twice after 2000 good steps in a row."""
+    good_steps = jnp.where(finite, loss_scale['good_steps'] + 1, 0)
+    grow = good_steps == 2000
+    factor = jnp.where(finite, jnp.where(grow, 2.0, 1.0), 0.5)
+    return {'scale': loss_scale['scale'] * factor, 'good_steps': jnp.where(grow, 0, good_steps)}
+
+
+def keep_if_overflown(finite, new, old):
+    """The old optimizer state after an overflow, but for the schedule's count: the learning rate follows iter_num."""
+    def choose(new, old):
+        if isinstance(new, optax.ScaleByScheduleState):
+            return new
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    return jax.tree.map(choose, new, old, is_leaf=lambda s: isinstance(s, optax.ScaleByScheduleState))
+
+
+def make_train_step(graphdef, tx, seed, scale_loss=False):
+    """The jitted step(state, x, y, iter_num) -> (state, metrics): one optimizer step. It donates the state.
+
+    x, y: int (micro-steps, rows, T); the gradient is the mean over the micro-steps, in float32.
+    metrics: float32 scalars loss (the mean) and grad_norm (before clipping), and loss_scale with scale_loss.
+    scale_loss: dynamic loss scaling, for float16; a step whose gradient overflows changes no weight.
+    """
+    def loss_fn(params, x, y, key, scale):
+        model = nnx.merge(graphdef, params)
+        _, loss = model(x, y, rngs=nnx.Rngs(dropout=key))
+        return loss * scale, loss
+
+    def train_step(state, x, y, iter_num):
+        params, n_micro = state['params'], x.shape[0]
+        key = jax.random.fold_in(jax.random.key(seed), iter_num)
+        scale = state['loss_scale']['scale'] if scale_loss else 1.0
+
+        def micro_step(total, batch):
+            i, x, y = batch
+            grads, loss = jax.grad(loss_fn, has_aux=True)(params, x, y, jax.random.fold_in(key, i), scale)
+            return jax.tree.map(jnp.add, total, (grads, loss)), None
+
+        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+        (grads, loss), _ = jax.lax.scan(micro_step, zeros, (jnp.arange(n_micro), x, y))
+        grads = jax.tree.map(lambda g: g / (n_micro * scale), grads)
+        metrics = {'loss': loss / n_micro, 'grad_norm': optax.global_norm(grads)}
+
+        updates, opt_state = tx.update(grads, state['opt_state'], params)
+        new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state, 'loss_scale': state['loss_scale']}
+        if scale_loss:
+            finite = jnp.isfinite(metrics['grad_norm'])
+            metrics['loss_scale'] = scale
+            new['params'] = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new['params'], params)
+            new['opt_state'] = keep_if_overflown(finite, opt_state, state['opt_state'])
+            new['loss_scale'] = update_loss_scale(state['loss_scale'], finite)
+        return new, metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(graphdef):
+    """The jitted step(params, x, y) -> loss, float32, dropout off. x, y: int (rows, T); targets of -1 do not count."""
+    @jax.jit
+    def eval_step(params, x, y):
+        _, loss = nnx.merge(graphdef, params)(x, y)
+        return loss
+    return eval_step
+
+
+def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, block_size):
+    """{'train': loss, 'val': loss}: means over eval_iters batches that are the same in every run."""
+    out = {}
+    for split in ('train', 'val'):
+        losses = []
+        for k in range(eval_iters):
+            x, y = get_batch(data_dir, split, batch_size, block_size, seed=0, iter_num=k, purpose=EVAL)
+            # rows that the devices do not divide are filled up with rows that do not count
+            pad = ((0, -batch_size % mesh.size), (0, 0))
+            x, y = shard_batch(mesh, np.pad(x, pad), np.pad(y, pad, constant_values=-1))
+            losses.append(eval_step(params, x, y))  # queued, not waited for
+        out[split] = float(np.mean(jax.device_get(losses), dtype=np.float64))
+    return out
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: out_dir/<iter_num>/ with the items params, optimizer (its state and the loss scale) and meta (JSON)
+
+logging.getLogger('absl').setLevel(logging.ERROR)  # orbax warns of every save that has no metric
+
+
+def open_checkpoints(out_dir, read_only=False):
+    """The manager of out_dir's checkpoints: it writes in the background and keeps the latest and the best.
+
+    Raises UserError where there is none to read.
+    """
+    def val_loss(metrics):
+        return metrics['val_loss']
+    # max_to_keep with best_fn would delete the latest when it is not among the best
+    keep = AnyPreservationPolicy([
+        LatestN(1), BestN(get_metric_fn=val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)])
+    if read_only and not os.path.isdir(out_dir):
+        raise UserError(f'{out_dir} does not exist: no checkpoint to load; train one first, or name its folder with --out_dir')
+    manager = ocp.CheckpointManager(os.path.abspath(out_dir), options=ocp.CheckpointManagerOptions(
+        best_fn=val_loss, best_mode='min', preservation_policy=keep, read_only=read_only))
+    if read_only and manager.latest_step() is None:
+        raise UserError(f'no checkpoint in {out_dir}: train one first, or name its folder with --out_dir')
+    return manager
+
+
+def save_checkpoint(manager, state, iter_num, best_val_loss, model_args, config, chars, val_loss=None):
+    """Save as out_dir/<iter_num> what nanoGPT's checkpoints hold; waits for the copy off the device only.
+
+    chars: the characters of the vocabulary, or None for GPT-2's BPE. val_loss, where it was evaluated at this
+    very iteration, makes the checkpoint a candidate for the best. Raises UserError where a later one is in the way.
+    """
+    meta = dict(iter_num=iter_num, best_val_loss=best_val_loss, model_args=model_args, config=config, chars=chars)
+    params, optimizer = _items(state)
+    saved = manager.save(iter_num, metrics=None if val_loss is None else {'val_loss': val_loss}, args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params), optimizer=ocp.args.StandardSave(optimizer), meta=ocp.args.JsonSave(meta)))
+    if not saved:
+        raise UserError(f'{manager.directory} holds checkpoint {manager.latest_step()} already, so {iter_num} was not saved: '
+                        'choose another --out_dir')
+
+
+def find_checkpoint(manager, which='auto'):
+    """The iteration that `which` names: latest, best, a number, or auto, which is the best where the run kept
+    improvements only (as nanoGPT's single file would be), else the latest. Raises UserError for one that is not there."""
+    if which == 'auto':
+        config = read_checkpoint_meta(manager, manager.latest_step())['config']
+        which = 'latest' if config['always_save_checkpoint'] else 'best'
+    if which == 'best' and manager.best_step() is not None:
+        return manager.best_step()
+    if which in ('latest', 'best'):  # before the first evaluation that counts there is no best
+        return manager.latest_step()
+    if which.isdecimal() and int(which) in manager.all_steps():
+        return int(which)
+    raise UserError(f'no checkpoint {which!r} in {manager.directory}: give auto, latest, best, or one of {manager.all_steps()}')
+
+
+def read_checkpoint_meta(manager, step):
+    """The JSON part of a checkpoint: iter_num, best_val_loss, model_args, config, chars."""
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
+
+
+def restore_params(manager, step, config, sharding):
+    """The parameters alone, for sampling. config: the GPTConfig that they were saved under."""
+    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(0)), nnx.Param)))
+    return manager.restore(step, args=ocp.args.Composite(params=_target(shapes, sharding)))['params']
+
+
+def restore_state(manager, step, config, tx, mesh):
+    """The whole training state, onto the mesh's devices, however many wrote it."""
+    params, optimizer = _items(jax.eval_shape(lambda: create_train_state(GPT(config, rngs=nnx.Rngs(0)), tx)))
+    items = manager.restore(step, args=ocp.args.Composite(
+        params=_target(params, replicated(mesh)), optimizer=_target(optimizer, replicated(mesh))))
+    return {'params': items['params'], **items['optimizer']}
+
+
+def _items(state):
+    """A training state as the two items of a checkpoint: what a sampler needs, and the rest."""
+    return state['params'], {k: v for k, v in state.items() if k != 'params'}
+
+
+def _target(shapes, sharding):
+    return ocp.args.StandardRestore(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes))
+
+
+def crop_state(state, block_size):
+    """GPT.crop_block_size for a whole training state: the position embeddings and their moments."""
+    def crop(path, leaf):
+        return leaf[:block_size] if any(getattr(k, 'key', None) == 'wpe' for k in path) else leaf
+    return jax.tree_util.tree_map_with_path(crop, state)
+
+
+# what the checkpoint decides: no weights fit another shape
+MODEL_SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias')
+# what belongs to the command and the machine, and is never taken from a checkpoint
+NOT_RESUMED = ('init_from', 'out_dir', 'eval_only', 'device')
+
+
+def merge_resumed_config(config, given, saved):
+    """(config of a resumed run, what differs from the saved one as text).
+
+    config: this run's; given: the names that the user set; saved: the checkpoint's config. What was
+    given wins, but for the model's shape; all else comes from the checkpoint.
+    Raises UserError for a larger block_size than the checkpoint's.
+    """
+    merged, differs = dict(config), []
+    for name in (k for k in saved if k in config and k not in NOT_RESUMED):
+        if name in MODEL_SHAPE or name not in given:
+            merged[name] = saved[name]
+        if name in given and config[name] != saved[name]:
+            kept = ' (kept: the weights have this shape)' if name in MODEL_SHAPE else f' -> {config[name]}'
+            differs.append(f'{name} {saved[name]}{kept}')
+    if merged['block_size'] > saved['block_size']:
+        raise UserError(f'block_size={merged["block_size"]} is larger than the checkpoint\'s {saved["block_size"]}; '
+                        'give a smaller one, or none')
+    return merged, ', '.join(differs)

@@ -1,0 +1,389 @@
+"""
+The GPT language model of nanoGPT in JAX/Flax NNX, all of it in this one file.
+
+Read next to nanoGPT's model.py: the modules and their attributes have the same names in
+the same order. Modules hold parameters and the forward pass; training lives in
+jax_train_utils.py and train_jax.py.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the scripts print it as one line, without a traceback."""
+
+
+# -----------------------------------------------------------------------------
+# configuration
+
+@dataclass(frozen=True)  # frozen, since nnx.split keeps it in the hashable part of the model
+class GPTConfig:
+    """Shape of a model. `dtype` is the compute type: float32, bfloat16 or float16; parameters
+    are float32 always. Raises UserError for a shape that no model can have."""
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for efficiency
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # biases in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
+    dtype: str = 'float32'
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise UserError(f'{name} is {getattr(self, name)}; it must be at least 1')
+        if self.n_embd % self.n_head != 0:
+            raise UserError(f'n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})')
+        if not 0 <= self.dropout < 1:
+            raise UserError(f'dropout is {self.dropout}; it must be at least 0 and below 1')
+        if self.dtype not in ('float32', 'bfloat16', 'float16'):
+            raise UserError(f'dtype is {self.dtype!r}; it must be float32, bfloat16 or float16')
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+def linear(n_in, n_out, config, rngs, std=0.02):
+    return nnx.Linear(n_in, n_out, use_bias=config.bias, dtype=config.dtype, rngs=rngs,
+                      kernel_init=nnx.initializers.normal(std))  # flax's own default is lecun_normal
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with an optional bias; computed in float32, returned in `dtype`."""
+
+    def __init__(self, ndim, bias, dtype='float32'):
+        self.scale = nnx.Param(jnp.ones(ndim))
+        self.bias = nnx.Param(jnp.zeros(ndim)) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x):
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)  # torch's epsilon; flax has 1e-6
+        x = x * self.scale[...]
+        if self.bias is not None:
+            x = x + self.bias[...]
+        return x.astype(self.dtype)
+
+
+class CausalSelfAttention(nnx.Module):
+
+    def __init__(self, config, *, rngs):
+        # key, query, value projections of all heads in one product
+        self.c_attn = linear(config.n_embd, 3 * config.n_embd, config, rngs)
+        self.c_proj = linear(config.n_embd, config.n_embd, config, rngs, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.attn_dropout = nnx.Dropout(config.dropout)
+        self.resid_dropout = nnx.Dropout(config.dropout)
+        self.n_head = config.n_head
+
+    def __call__(self, x, rngs=None):
+        B, T, C = x.shape
+        q, k, v = jnp.split(self.c_attn(x), 3, axis=-1)
+        q, k, v = (a.reshape(B, T, self.n_head, C // self.n_head) for a in (q, k, v))  # (B, T, nh, hs)
+        # scores and softmax in float32, whatever the compute type
+        att = jnp.einsum('bqnh,bknh->bnqk', q, k, preferred_element_type=jnp.float32)  # (B, nh, T, T)
+        att = att * (C // self.n_head) ** -0.5
+        att = jnp.where(jnp.tril(jnp.ones((T, T), bool)), att, -jnp.inf)
+        att = jax.nn.softmax(att, axis=-1).astype(x.dtype)
+        att = self.attn_dropout(att, rngs=rngs)
+        y = jnp.einsum('bnqk,bknh->bqnh', att, v).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y), rngs=rngs)
+
+
+class MLP(nnx.Module):
+
+    def __init__(self, config, *, rngs):
+        self.c_fc = linear(config.n_embd, 4 * config.n_embd, config, rngs)
+        self.c_proj = linear(4 * config.n_embd, config.n_embd, config, rngs, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(self, x, rngs=None):
+        x = self.c_fc(x)
+        x = jax.nn.gelu(x, approximate=False)  # erf, as nn.GELU(); jax defaults to the tanh form
+        return self.dropout(self.c_proj(x), rngs=rngs)
+
+
+class Block(nnx.Module):
+
+    def __init__(self, config, *, rngs):
+        self.ln_1 = LayerNorm(config.n_embd, config.bias, config.dtype)
+        self.attn = CausalSelfAttention(config, rngs=rngs)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias, config.dtype)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x, rngs=None):
+        with jax.named_scope('attn'):  # so that profiles read like the code
+            x = x + self.attn(self.ln_1(x), rngs)
+        with jax.named_scope('mlp'):
+            x = x + self.mlp(self.ln_2(x), rngs)
+        return x
+
+
+def cross_entropy(logits, targets):
+    """Mean negative log-likelihood, a float32 scalar, over the targets that are not -1.
+
+    logits (..., V) of any float type, targets int (...). With no target left it is nan, as in torch.
+    """
+    logits = logits.astype(jnp.float32)
+    counted = targets != -1
+    target_logits = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
+    return jnp.where(counted, nll, 0.0).sum() / counted.sum()
+
+
+class GPT(nnx.Module):
+    """GPT(config, rngs=nnx.Rngs(seed)). A new model is in training mode: with dropout > 0 a call
+    then needs `rngs=nnx.Rngs(dropout=key)`; `model.eval()` turns dropout off, `model.train()` on."""
+
+    def __init__(self, config, *, rngs):
+        self.config = config
+        embed_init = nnx.initializers.normal(0.02)
+        self.transformer = nnx.Dict(
+            wte=nnx.Embed(config.vocab_size, config.n_embd, embedding_init=embed_init, rngs=rngs),
+            wpe=nnx.Embed(config.block_size, config.n_embd, embedding_init=embed_init, rngs=rngs),
+            drop=nnx.Dropout(config.dropout),
+            h=nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)]),
+            ln_f=LayerNorm(config.n_embd, config.bias, config.dtype),
+        )
+        # no lm_head of its own: the output layer is wte's matrix again (weight tying)
+
+    def hidden(self, idx, rngs=None):
+        """The transformer without its head: int (B, T) to (B, T, n_embd) in the compute type."""
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise UserError(f'cannot forward a sequence of length {T}: block_size is only {self.config.block_size}')
+        if rngs is None and self.config.dropout > 0 and not self.transformer.drop.deterministic:
+            raise UserError('dropout needs randomness in training mode: call model(..., rngs=nnx.Rngs(dropout=key)), '
+                            'or model.eval() first')
+        # embeddings and the residual stream stay float32, as they do under torch's autocast
+        x = self.transformer.wte(idx) + self.transformer.wpe(jnp.arange(T))  # (B, T, C)
+        x = self.transformer.drop(x, rngs=rngs)
+        for block in self.transformer.h:
+            x = block(x, rngs)
+        return self.transformer.ln_f(x)
+
+    def head(self, x):
+        """Logits (..., vocab_size) in the compute type, from hidden states (..., n_embd)."""
+        return x @ self.transformer.wte.embedding[...].T.astype(x.dtype)
+
+    def __call__(self, idx, targets=None, rngs=None):
+        """idx, targets: int (B, T). With targets: logits (B, T, vocab_size) and the loss, a float32
+        scalar over the targets that are not -1. Without: logits of the last position, (B, 1, vocab_size), and None.
+        """
+        x = self.hidden(idx, rngs)
+        if targets is None:
+            return self.head(x[:, -1:]), None
+        logits = self.head(x)
+        return logits, cross_entropy(logits, targets)
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters, by default without the position embeddings (wte counts: it is the head too)."""
+        n_params = sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        return n_params - self.transformer.wpe.embedding.size if non_embedding else n_params
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
+        """Model FLOPs utilization, as a fraction of peak_flops (FLOP/s; the default is an A100 in bfloat16).
+
+        fwdbwd_per_iter: sequences per iteration; dt: seconds per iteration.
+        Counts as nanoGPT does, after the PaLM paper's appendix B (https://arxiv.org/abs/2204.02311).
+        """
+        cfg = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
+        return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    def crop_block_size(self, block_size):
+        """Shorten the context to block_size: the position embeddings past it go. Raises UserError for a longer one."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise UserError(f'cannot crop block_size {self.config.block_size} to {block_size}')
+        wpe = self.transformer.wpe
+        wpe.embedding.set_value(wpe.embedding[...][:block_size])
+        wpe.num_embeddings = block_size
+        self.config = replace(self.config, block_size=block_size)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None):
+        """Continue idx, int (B, T), by max_new_tokens tokens each: int (B, T + max_new_tokens).
+
+        Past block_size the model sees the last block_size tokens. Dropout is off. temperature 0 takes
+        the most likely token. key: a jax.random key; row b draws with a key of its own, whatever B is.
+        The whole window is computed again for every token, as in nanoGPT.
+        """
+        if idx.shape[1] < 1:
+            raise UserError('generate needs at least one token to continue; the prompt is empty')
+        if top_k is not None and top_k < 1:
+            raise UserError(f'top_k is {top_k}; it must be at least 1, or None for all tokens')
+        if temperature < 0:
+            raise UserError(f'temperature is {temperature}; it must be 0 (most likely token) or more')
+        if temperature == 0:
+            temperature, top_k = 1.0, 1
+        if key is None:
+            if top_k != 1:
+                raise UserError('generate needs key=jax.random.key(seed), unless temperature is 0 or top_k is 1')
+            key = jax.random.key(0)  # decides between equal logits only
+        graphdef, params = nnx.split(self, nnx.Param)
+        t, end = idx.shape[1], idx.shape[1] + max_new_tokens
+        tokens = jnp.pad(jnp.asarray(idx), ((0, 0), (0, max(end, self.config.block_size) - t)))
+        window = min(64, self.config.block_size)
+        while t < end:  # the window grows in powers of two: few compilations, at most twice the work
+            while window < min(t, self.config.block_size):
+                window = min(2 * window, self.config.block_size)
+            stop = end if window == self.config.block_size else min(end, window + 1)
+            tokens = _generate(graphdef, params, tokens, t, stop, key, temperature, window, top_k)
+            t = stop
+        return tokens[:, :end]
+
+    @classmethod
+    def from_pretrained(cls, model_type_or_path, override_args=None, dtype='float32'):
+        """A model with GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl' from the Hugging Face hub,
+        or a folder with config.json and model.safetensors. override_args: dropout, nothing else.
+        Like nanoGPT it computes the exact GELU on weights that were trained with the tanh form.
+        """
+        override_args = override_args or {}
+        if set(override_args) - {'dropout'}:
+            raise UserError(f'from_pretrained can override dropout only, not {sorted(set(override_args) - {"dropout"})}')
+        folder = _pretrained_folder(model_type_or_path)
+        config = GPTConfig(**_read_hf_config(folder), **override_args, dtype=dtype)
+        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # shapes alone: every weight comes from the file
+        load_torch_weights(model, _read_hf_weights(folder))
+        return model
+
+
+# -----------------------------------------------------------------------------
+# sampling
+
+def sampling_logits(logits, temperature, top_k=None):
+    """float32 logits of the distribution that is sampled: divided by temperature, all below the top_k-th at -inf."""
+    logits = logits.astype(jnp.float32) / temperature
+    if top_k is not None:
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    return logits
+
+
+@partial(jax.jit, static_argnames=('graphdef', 'window', 'top_k'), donate_argnames='tokens')
+def _generate(graphdef, params, tokens, start, stop, key, temperature, window, top_k):
+    """Fill tokens[:, start:stop], int (B, T), from a window of fixed length before each position."""
+    model = nnx.merge(graphdef, params)
+    model.eval()
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(tokens.shape[0]))
+
+    def next_token(t, tokens):
+        # what lies in the window past t - 1 is ignored: attention is causal
+        begin = jnp.maximum(t - window, 0)
+        x = model.hidden(jax.lax.dynamic_slice_in_dim(tokens, begin, window, axis=1))  # (B, window, C)
+        logits = model.head(jax.lax.dynamic_index_in_dim(x, t - 1 - begin, axis=1, keepdims=False))  # (B, vocab_size)
+        logits = sampling_logits(logits, temperature, top_k)
+        drawn = jax.vmap(jax.random.categorical)(jax.vmap(lambda k: jax.random.fold_in(k, t))(keys), logits)
+        return jax.lax.dynamic_update_index_in_dim(tokens, drawn.astype(tokens.dtype), t, axis=1)
+
+    return jax.lax.fori_loop(start, stop, next_token, tokens)
+
+
+# -----------------------------------------------------------------------------
+# weights in and out, under nanoGPT's state_dict names and in torch's layout
+
+def _torch_name(path):
+    """('transformer', 'h', 0, 'attn', 'c_attn', 'kernel') to 'transformer.h.0.attn.c_attn.weight'."""
+    *module, leaf = (str(part) for part in path)
+    return '.'.join([*module, leaf if leaf == 'bias' else 'weight'])
+
+
+def load_torch_weights(model, weights):
+    """Set every parameter of model from `weights`: {nanoGPT state_dict name: array in torch's layout}.
+
+    lm_head.weight may be left out, and must equal transformer.wte.weight if given. Raises UserError,
+    with every missing, extra or misshaped name in one message, before anything is changed.
+    """
+    params = {_torch_name(path): (path, p) for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    problems = [f'{name} is missing' for name in sorted(params.keys() - weights.keys())]
+    problems += [f'{name} is not in the model' for name in sorted(weights.keys() - params.keys() - {'lm_head.weight'})]
+    for name in params.keys() & weights.keys():
+        path, p = params[name]
+        want = p.shape[::-1] if path[-1] == 'kernel' else p.shape  # torch's Linear is (out, in)
+        if weights[name].shape != want:
+            problems.append(f'{name} has shape {weights[name].shape}, the model has {want}')
+    head = weights.get('lm_head.weight')
+    if head is not None and 'transformer.wte.weight' in weights and not np.array_equal(head, weights['transformer.wte.weight']):
+        problems.append('lm_head.weight differs from transformer.wte.weight, which it is tied to')
+    if problems:
+        raise UserError('these weights do not fit the model: ' + '; '.join(problems))
+    for name, (path, p) in params.items():
+        w = np.asarray(weights[name], np.float32)
+        p.set_value(jnp.asarray(w.T if path[-1] == 'kernel' else w))
+
+
+def export_torch_weights(model):
+    """{nanoGPT state_dict name: float32 numpy array in torch's layout}, lm_head.weight included."""
+    weights = {}
+    for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        w = np.asarray(p[...])
+        weights[_torch_name(path)] = np.ascontiguousarray(w.T) if path[-1] == 'kernel' else w
+    weights['lm_head.weight'] = weights['transformer.wte.weight']
+    return weights
+
+
+HF_MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+
+
+def _pretrained_folder(model_type_or_path):
+    """The local folder of a model's files; names of the hub are downloaded into its cache."""
+    if os.path.isdir(model_type_or_path):
+        return model_type_or_path
+    if model_type_or_path not in HF_MODELS:
+        raise UserError(f'no pretrained model {model_type_or_path!r}: give one of {", ".join(HF_MODELS)}, '
+                        'or a folder with config.json and model.safetensors')
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(f'openai-community/{model_type_or_path}',
+                                 allow_patterns=['config.json', 'model.safetensors'])
+    except Exception as e:  # the hub's client raises a dozen types: no network, no such file, not cached
+        raise UserError(f'could not get {model_type_or_path} from the Hugging Face hub ({type(e).__name__}): check the '
+                        'network, or give a local folder with config.json and model.safetensors') from e
+
+
+def _read_hf_config(folder):
+    """GPTConfig's arguments out of a Hugging Face config.json."""
+    path = os.path.join(folder, 'config.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            hf = json.load(f)
+        if hf['model_type'] != 'gpt2':
+            raise UserError(f'{path} is of model_type {hf["model_type"]!r}; only gpt2 can be loaded')
+        # some files say n_ctx for n_positions
+        return dict(block_size=hf.get('n_positions', hf.get('n_ctx', 1024)), vocab_size=hf['vocab_size'],
+                    n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=hf['n_embd'], bias=True)
+    except (OSError, KeyError, json.JSONDecodeError) as e:
+        raise UserError(f'cannot read a GPT-2 configuration from {path}: {type(e).__name__}: {e}') from e
+
+
+def _read_hf_weights(folder):
+    """Weights under nanoGPT's names. The hub's files lack the transformer. prefix and hold mask buffers;
+    their Conv1D layers are (in, out), nanoGPT's Linear is (out, in)."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+    path = os.path.join(folder, 'model.safetensors')
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f'cannot read weights from {path}: {e}') from e
+    conv1d = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+    weights = {}
+    for name, w in tensors.items():
+        if name.endswith(('.attn.bias', '.attn.masked_bias')):
+            continue  # causal mask buffers, not parameters
+        if not name.startswith(('transformer.', 'lm_head.')):
+            name = 'transformer.' + name
+        weights[name] = w.T if name.endswith(conv1d) else w
+    return weights
+
+
+GPT_ARGS = tuple(f.name for f in fields(GPTConfig) if f.name != 'dtype')  # nanoGPT's model_args

@@ -1,0 +1,220 @@
+"""
+Train a GPT on every device that JAX sees, from one CPU to several GPUs or a TPU.
+
+To run with the defaults (GPT-2 124M on OpenWebText), or small on a CPU:
+$ python train_jax.py
+$ python train_jax.py config/train_pydoc_char.py
+To change any setting below, and to go on where a run has stopped:
+$ python train_jax.py config/train_shakespeare_char.py --batch_size=32 --device=cpu
+$ python train_jax.py --init_from=resume --out_dir=out-shakespeare-char
+"""
+
+import os
+import sys
+import time
+from functools import partial
+
+import jax
+import numpy as np
+
+from jax_train_utils import (
+    compute_dtype, create_learning_rate_schedule, create_optimizer, crop_state, decay_groups, estimate_loss,
+    get_train_batch, init_train_state, load_meta, make_eval_step, make_mesh, make_train_step, merge_resumed_config,
+    open_checkpoints, open_tokens, peak_flops, place_train_state, read_checkpoint_meta, report_user_error,
+    restore_state, save_checkpoint, select_devices, share_rows, split_model,
+)
+from jax_transformer import GPT, GPT_ARGS, GPTConfig, UserError
+
+# -----------------------------------------------------------------------------
+# defaults: GPT-2 (124M) on OpenWebText
+# files and logging
+out_dir = 'out_jax'
+eval_interval = 2000
+log_interval = 1
+eval_iters = 200
+eval_only = False # evaluate once, write nothing, and stop
+always_save_checkpoint = True # save after every evaluation; False: only when the validation loss has improved
+init_from = 'scratch' # 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with GPT-2 weights
+# wandb logging
+wandb_log = False
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'openwebtext'
+gradient_accumulation_steps = 5 * 8 # a step has gradient_accumulation_steps * batch_size rows
+batch_size = 12 # rows that a device takes at a time
+block_size = 1024
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0 # 0 is good for pretraining, try 0.1+ for finetuning
+bias = False # biases inside LayerNorm and Linear layers?
+# adamw optimizer
+learning_rate = 6e-4 # the peak
+max_iters = 600000
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0 # largest global gradient norm, 0.0 for no clipping
+# learning rate decay
+decay_lr = True
+warmup_iters = 2000
+lr_decay_iters = 600000 # about max_iters, per Chinchilla
+min_lr = 6e-5 # about learning_rate/10, per Chinchilla
+# system
+seed = 1337
+device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, 'tpu'
+dtype = 'bfloat16' # compute type: 'float32', 'bfloat16', or 'float16' with dynamic loss scaling; a CPU computes in float32
+compile = True # no meaning here: XLA always compiles
+backend = 'nccl' # no meaning here: XLA chooses its own
+from configurator import configure
+config, given = configure(globals()) # overrides from the command line and config files
+# -----------------------------------------------------------------------------
+
+sys.stdout.reconfigure(line_buffering=True) # log lines reach a pipe or file when they are printed
+sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
+
+# devices first: --device must be known before JAX is used
+devices = select_devices(device)
+print(f'platform: {devices[0].platform}, devices: {len(devices)} ({devices[0].device_kind})')
+for key in sorted(given & {'compile', 'backend'}):
+    print(f'--{key} has no counterpart here and is ignored: XLA always compiles, and brings its own communication')
+
+# a resumed run takes from its checkpoint what was not given this time
+iter_num = 0
+best_val_loss = 1e9
+chars = None # the characters of the vocabulary, where the data set has its own
+if init_from == 'resume':
+    print(f'Resuming training from {out_dir}')
+    saved_checkpoints = open_checkpoints(out_dir, read_only=True)
+    iter_num = saved_checkpoints.latest_step()
+    saved = read_checkpoint_meta(saved_checkpoints, iter_num)
+    best_val_loss, chars = saved['best_val_loss'], saved['chars']
+    config, differs = merge_resumed_config(config, given, saved['config'])
+    globals().update(config)
+    if differs:
+        print(f'differs from the checkpoint: {differs}')
+if not eval_only:
+    checkpoints = open_checkpoints(out_dir)
+    if init_from != 'resume' and checkpoints.latest_step() is not None:
+        raise UserError(f'{out_dir} holds checkpoints of another run (iteration {checkpoints.latest_step()}): go on with it '
+                        'by --init_from=resume, or choose another --out_dir')
+
+# the rows of a step, shared by the devices
+n_rows = gradient_accumulation_steps * batch_size
+n_devices, n_micro = share_rows(n_rows, batch_size, len(devices))
+if n_devices < len(devices):
+    print(f'using {n_devices} of {len(devices)} devices: {n_rows} rows a step cannot be shared equally by more')
+mesh = make_mesh(devices[:n_devices])
+print(f'tokens per iteration will be: {n_rows * block_size:,}')
+compute_type = compute_dtype(dtype, devices)
+if compute_type != dtype:
+    print(f'computing in {compute_type}, as nanoGPT does on the {devices[0].platform}, not in {dtype}')
+
+# data
+data_dir = os.path.join('data', dataset)
+for split in ('train', 'val'):
+    open_tokens(data_dir, split, block_size) # complains now rather than at the first evaluation
+meta = load_meta(data_dir)
+if meta is not None:
+    print(f"found vocab_size = {meta['vocab_size']} (inside {os.path.join(data_dir, 'meta.pkl')})")
+    chars = [meta['itos'][i] for i in range(meta['vocab_size'])]
+
+# model and optimizer, as one training state on the devices
+schedule = create_learning_rate_schedule(learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_lr)
+tx = create_optimizer(schedule, weight_decay, (beta1, beta2), grad_clip)
+model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias,
+                  vocab_size=50304, dropout=dropout)
+if init_from == 'scratch':
+    print('Initializing a new model from scratch')
+    if meta is None:
+        print('defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)')
+    else:
+        model_args['vocab_size'] = meta['vocab_size']
+    state = init_train_state(GPTConfig(**model_args), tx, seed, mesh)
+elif init_from == 'resume':
+    model_args = saved['model_args'] | dict(dropout=dropout)
+    state = restore_state(saved_checkpoints, iter_num, GPTConfig(**model_args), tx, mesh)
+    if block_size < model_args['block_size']:
+        state = crop_state(state, block_size)
+        model_args['block_size'] = block_size
+else:
+    print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
+    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    model.crop_block_size(min(block_size, model.config.block_size))
+    model_args = {name: getattr(model.config, name) for name in GPT_ARGS}
+    state = place_train_state(model, tx, mesh)
+block_size = model_args['block_size']
+model, train_graphdef, eval_graphdef = split_model(GPTConfig(**model_args, dtype=compute_type))
+print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
+for name, tensors in zip(('decayed', 'non-decayed'), decay_groups(state['params'])):
+    print(f'num {name} parameter tensors: {len(tensors)}, with {sum(p.size for p in tensors):,} parameters')
+
+train_step = make_train_step(train_graphdef, tx, seed, scale_loss=compute_type == 'float16')
+eval_step = make_eval_step(eval_graphdef)
+peak, peak_of = peak_flops(devices[0])
+print(f'mfu is counted against {n_devices} x {peak / 1e12:g} TFLOP/s, the bfloat16 peak of {peak_of}')
+if wandb_log:
+    import wandb
+    wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+
+# training loop
+get_step_batch = partial(get_train_batch, mesh, data_dir, n_rows, n_micro, block_size, seed)
+if not eval_only:
+    batch = get_step_batch(iter_num) # the very first
+    t0 = time.time()
+    train_step = train_step.lower(state, *batch, np.int32(iter_num)).compile()
+    print(f'compiled in {time.time() - t0:.1f} s')
+start_iter = iter_num
+running_mfu = -1.0
+train_time, timed_iters = 0.0, 0 # seconds and iterations since the last logged one, evaluations excluded
+t0 = time.time()
+while iter_num <= max_iters or eval_only:
+
+    # evaluate the loss on the train and val sets, and write checkpoints
+    if iter_num % eval_interval == 0 or eval_only:
+        jax.block_until_ready(state)
+        train_time += time.time() - t0
+        losses = estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters, batch_size, block_size)
+        print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        if wandb_log:
+            wandb.log({
+                'iter': iter_num,
+                'train/loss': losses['train'],
+                'val/loss': losses['val'],
+                'lr': float(schedule(iter_num)),
+                'mfu': running_mfu * 100, # in percent
+            })
+        if eval_only:
+            break
+        improved = losses['val'] < best_val_loss
+        best_val_loss = min(losses['val'], best_val_loss)
+        if (improved or always_save_checkpoint) and iter_num > start_iter: # a resumed run's first is on disk already
+            print(f'saving checkpoint to {out_dir}')
+            save_checkpoint(checkpoints, state, iter_num, best_val_loss, model_args, config, chars, losses['val'])
+        t0 = time.time()
+
+    # one optimizer step; the host prepares the next batch while the devices compute
+    state, metrics = train_step(state, *batch, np.int32(iter_num))
+    batch = get_step_batch(iter_num + 1)
+
+    # timing and logging; reading the loss waits for the devices
+    timed_iters += 1
+    if iter_num % log_interval == 0:
+        loss = float(metrics['loss'])
+        dt = (train_time + time.time() - t0) / timed_iters
+        train_time, timed_iters, t0 = 0.0, 0, time.time()
+        if iter_num - start_iter >= 5: # let the training loop settle a bit
+            mfu = model.estimate_mfu(n_rows, dt, n_devices * peak)
+            running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
+        print(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%')
+    iter_num += 1
+
+# the last iteration is kept too, and background saving is waited for
+if not eval_only:
+    if iter_num > start_iter:
+        save_checkpoint(checkpoints, state, iter_num, best_val_loss, model_args, config, chars)
+    else:
+        print(f'nothing left to train: {out_dir} is at iteration {iter_num}, past max_iters={max_iters}')
+    checkpoints.close()
