@@ -120,15 +120,19 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_meta(data_dir):
-    """meta.pkl of a data set ({'vocab_size', 'stoi', 'itos'} for characters), or None where there is none."""
+    """(vocab_size, chars) of a data set's meta.pkl, chars being the characters in the order of their ids.
+
+    (None, None) where there is no such file: the ids are GPT-2's BPE. Raises UserError for one that cannot be used.
+    """
     path = os.path.join(data_dir, 'meta.pkl')
     if not os.path.exists(path):
-        return None
+        return None, None
     try:
         with open(path, 'rb') as f:
-            return PlainUnpickler(f).load()
+            meta = PlainUnpickler(f).load()
+        return int(meta['vocab_size']), [meta['itos'][i] for i in range(meta['vocab_size'])]
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f'cannot read {path}: {e}; make it again with the prepare.py beside it') from e
+        raise UserError(f'cannot use {path} ({type(e).__name__}: {e}); make it again with the prepare.py beside it') from e
 
 
 def create_codec(chars):

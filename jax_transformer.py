@@ -204,7 +204,7 @@ class GPT(nnx.Module):
     def crop_block_size(self, block_size):
         """Shorten the context to block_size: the position embeddings past it go. Raises UserError for a longer one."""
         if not 1 <= block_size <= self.config.block_size:
-            raise UserError(f'cannot crop block_size {self.config.block_size} to {block_size}')
+            raise UserError(f'cannot crop to block_size={block_size}: the model has {self.config.block_size}; give that or less')
         wpe = self.transformer.wpe
         wpe.embedding.set_value(wpe.embedding[...][:block_size])
         wpe.num_embeddings = block_size

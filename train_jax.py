@@ -116,10 +116,10 @@ if compute_type != dtype:
 data_dir = os.path.join('data', dataset)
 for split in ('train', 'val'):
     open_tokens(data_dir, split, block_size) # complains now rather than at the first evaluation
-meta = load_meta(data_dir)
-if meta is not None:
-    print(f"found vocab_size = {meta['vocab_size']} (inside {os.path.join(data_dir, 'meta.pkl')})")
-    chars = [meta['itos'][i] for i in range(meta['vocab_size'])]
+meta_vocab_size, meta_chars = load_meta(data_dir)
+if meta_vocab_size is not None:
+    print(f"found vocab_size = {meta_vocab_size} (inside {os.path.join(data_dir, 'meta.pkl')})")
+    chars = meta_chars
 
 # model and optimizer, as one training state on the devices
 schedule = create_learning_rate_schedule(learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_lr)
@@ -128,10 +128,10 @@ model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=bloc
                   vocab_size=50304, dropout=dropout)
 if init_from == 'scratch':
     print('Initializing a new model from scratch')
-    if meta is None:
+    if meta_vocab_size is None:
         print('defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)')
     else:
-        model_args['vocab_size'] = meta['vocab_size']
+        model_args['vocab_size'] = meta_vocab_size
     state = init_train_state(GPTConfig(**model_args), tx, seed, mesh)
 elif init_from == 'resume':
     model_args = saved['model_args'] | dict(dropout=dropout)
@@ -139,13 +139,15 @@ elif init_from == 'resume':
     if block_size < model_args['block_size']:
         state = crop_state(state, block_size)
         model_args['block_size'] = block_size
-else:
+elif init_from.startswith('gpt2') or os.path.isdir(init_from):
     print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-    model.crop_block_size(min(block_size, model.config.block_size))
+    model.crop_block_size(block_size)
     model_args = {name: getattr(model.config, name) for name in GPT_ARGS}
     state = place_train_state(model, tx, mesh)
-block_size = model_args['block_size']
+else:
+    raise UserError(f"init_from is {init_from!r}; it must be 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', "
+                    "'gpt2-xl', or a folder with config.json and model.safetensors")
 model, train_graphdef, eval_graphdef = split_model(GPTConfig(**model_args, dtype=compute_type))
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 for name, tensors in zip(('decayed', 'non-decayed'), decay_groups(state['params'])):

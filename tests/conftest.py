@@ -1,0 +1,58 @@
+"""What the tests of whole runs share: a folder with small data, and the scripts run in it as a user runs them."""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+# a model that trains in milliseconds; every run of these tests starts from this
+TINY = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
+        '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=4', '--warmup_iters=2', '--lr_decay_iters=20',
+        '--learning_rate=1e-2', '--min_lr=1e-3']
+
+# the runs share what they compile, which is most of their time
+COMPILED = tempfile.TemporaryDirectory()
+CACHE = {'JAX_COMPILATION_CACHE_DIR': COMPILED.name, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+
+ITER = re.compile(r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (-?\d+\.\d{2})%$', re.M)
+STEP = re.compile(r'^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})$', re.M)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return with_data(tmp_path)
+
+
+def with_data(folder):
+    """A working directory with data/tiny, a character data set of 20 letters that repeat with noise."""
+    data = folder / 'data' / 'tiny'
+    data.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    ids = (np.arange(4000) + rng.integers(2, size=4000)) % 20
+    ids[:3600].astype(np.uint16).tofile(data / 'train.bin')
+    ids[3600:].astype(np.uint16).tofile(data / 'val.bin')
+    chars = 'abcdefghijklmnopqrs\n'
+    meta = {'vocab_size': 20, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+    (data / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    return folder
+
+
+def run(folder, script, *args, **env):
+    """The finished process of a script, run in folder."""
+    return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], cwd=folder, capture_output=True,
+                          text=True, env=os.environ | CACHE | env, timeout=300)
+
+
+def train(folder, *args, **env):
+    """stdout of a training run that must succeed."""
+    result = run(folder, 'train_jax.py', *TINY, *args, **env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout

@@ -1,0 +1,87 @@
+"""Whole runs of sample_jax.py and bench_jax.py from the command line."""
+
+import re
+
+import pytest
+from conftest import TINY, run, train, with_data
+
+
+def sample(folder, *args):
+    result = run(folder, 'sample_jax.py', '--device=cpu', *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    folder = with_data(tmp_path_factory.mktemp('trained'))
+    train(folder, '--max_iters=8')
+    return folder
+
+
+def texts(out):
+    """The samples of an output, without what is printed before them."""
+    return out.split('parameters: 0.03M\n')[1].split('\n---------------\n')[:-1]
+
+
+def test_samples_continue_the_prompt_past_block_size_and_repeat_with_the_seed(trained):
+    out = sample(trained, '--num_samples=3', '--max_new_tokens=40', '--start=abc')
+    assert [len(t) for t in texts(out)] == [43] * 3 and all(t.startswith('abc') for t in texts(out))
+    assert texts(out) == texts(sample(trained, '--num_samples=3', '--max_new_tokens=40', '--start=abc'))
+    assert texts(out)[:1] == texts(sample(trained, '--num_samples=1', '--max_new_tokens=40', '--start=abc'))
+    assert texts(out) != texts(sample(trained, '--num_samples=3', '--max_new_tokens=40', '--start=abc', '--seed=1'))
+
+
+def test_a_prompt_can_come_from_a_file(trained):
+    (trained / 'prompt.txt').write_text('ab\ncd')
+    assert texts(sample(trained, '--num_samples=1', '--max_new_tokens=3', '--start=FILE:prompt.txt'))[0].startswith('ab\ncd')
+
+
+def test_the_vocabulary_comes_from_the_checkpoint(trained):
+    meta = trained / 'data' / 'tiny' / 'meta.pkl'
+    meta.rename(meta.with_suffix('.away'))
+    try:
+        assert texts(sample(trained, '--num_samples=1', '--max_new_tokens=3', '--start=abc'))[0].startswith('abc')
+    finally:
+        meta.with_suffix('.away').rename(meta)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--start=xyz'], ["['x', 'y', 'z']", 'abcdef']),
+    (['--start='], ['prompt is empty']),
+    (['--start=FILE:absent.txt'], ['absent.txt']),
+    (['--out_dir=absent'], ['absent does not exist']),
+    (['--which=3'], ["'3'", 'latest']),
+    (['--top_k=0'], ['top_k is 0']),
+    (['--num_sample=1'], ['--num_samples']),
+])
+def test_a_mistake_is_one_line(trained, args, words):
+    result = run(trained, 'sample_jax.py', '--device=cpu', '--start=a', *args)
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith('error: ')
+    for word in words:
+        assert word in result.stderr
+
+
+SMALL = [a for a in TINY if a.split('=')[0] not in
+         ('--gradient_accumulation_steps', '--eval_iters', '--eval_interval', '--warmup_iters', '--lr_decay_iters',
+          '--learning_rate', '--min_lr')] + ['--vocab_size=20']
+
+
+@pytest.mark.parametrize('real_data', [True, False])
+def test_bench_ends_with_nanogpts_line(folder, real_data):
+    result = run(folder, 'bench_jax.py', *SMALL, f'--real_data={real_data}')
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r'time per iteration: \d+\.\d{4}ms, MFU: \d+\.\d{2}%', result.stdout.splitlines()[-1])
+    assert result.stdout.count('/10 loss: ') == 10 and result.stdout.count('/20 loss: ') == 20
+
+
+def test_bench_writes_a_profile(folder):
+    result = run(folder, 'bench_jax.py', *SMALL, '--profile=True', '--real_data=False')
+    assert result.returncode == 0, result.stderr
+    assert list(folder.glob('bench_log/**/*.xplane.pb'))
+
+
+@pytest.mark.parametrize('script', ['train_jax.py', 'sample_jax.py', 'bench_jax.py'])
+def test_help_lists_every_flag_with_its_comment(folder, script):
+    result = run(folder, script, '--help')
+    assert result.returncode == 0 and "device = 'auto' # 'auto', 'cpu'" in result.stdout and 'import' not in result.stdout

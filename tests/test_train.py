@@ -1,0 +1,187 @@
+"""Whole runs of train_jax.py from the command line."""
+
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import ITER, ROOT, STEP, TINY, run, train
+
+import jax_train_utils as utils
+from jax_transformer import GPTConfig
+
+
+def saved(folder, out_dir, step):
+    """(training state, meta) of a checkpoint, as numpy arrays."""
+    with utils.open_checkpoints(folder / out_dir, read_only=True) as manager:
+        meta = utils.read_checkpoint_meta(manager, step)
+        tx = utils.create_optimizer(lambda it: 0.0, 0.1, (0.9, 0.95), 1.0)
+        state = utils.restore_state(manager, step, GPTConfig(**meta['model_args']), tx, utils.make_mesh(jax.devices()[:1]))
+    return jax.tree.map(np.array, state), meta
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# -----------------------------------------------------------------------------
+# a run
+
+def test_log_lines_are_nanogpts_and_the_loss_falls(folder):
+    # --compile and --backend are nanoGPT's; float16 must be accepted on a CPU
+    out = train(folder, '--max_iters=20', '--compile=False', '--backend=gloo', '--dtype=float16')
+    iters, steps = ITER.findall(out), STEP.findall(out)
+    assert [int(i[0]) for i in iters] == list(range(21))
+    assert [int(s[0]) for s in steps] == [0, 4, 8, 12, 16, 20]
+    assert all(i[3] == '-100.00' for i in iters[:5]) and all(float(i[3]) >= 0 for i in iters[5:])
+    assert float(steps[-1][2]) < float(steps[0][2]) - 0.3  # log(20) = 3.0 falls towards log(2) = 0.7
+    for line in ('platform: cpu, devices: 1 (cpu)', 'tokens per iteration will be: 128',
+                 'found vocab_size = 20 (inside data/tiny/meta.pkl)', 'Initializing a new model from scratch',
+                 'number of parameters: 0.03M', 'num decayed parameter tensors: 10, with 25,728 parameters',
+                 'num non-decayed parameter tensors: 5, with 160 parameters', 'saving checkpoint to out_jax',
+                 '--compile has no counterpart here', '--backend has no counterpart here',
+                 'computing in float32, as nanoGPT does on the cpu, not in float16'):
+        assert line in out, line
+    assert len(re.findall(r'^compiled in \d+\.\d s$', out, re.M)) == 1
+    # the latest is the state after the last iteration; the best is kept beside it
+    steps_kept = {int(name) for name in os.listdir(folder / 'out_jax')}
+    best = min(steps[1:], key=lambda s: float(s[2]))
+    assert steps_kept == {int(best[0]), 21}
+
+
+def test_log_interval_prints_the_mean_time_of_what_it_skipped(folder):
+    out = train(folder, '--max_iters=6', '--log_interval=3', '--eval_interval=100')
+    assert [int(i[0]) for i in ITER.findall(out)] == [0, 3, 6]
+
+
+def test_only_improvements_are_kept_when_asked(folder):
+    # a learning rate of 0 leaves the loss where it is: nothing improves after the first evaluation
+    out = train(folder, '--max_iters=8', '--always_save_checkpoint=False', '--learning_rate=0.0', '--min_lr=0.0')
+    assert 'saving checkpoint' not in out and os.listdir(folder / 'out_jax') == ['9']
+
+
+def test_a_second_run_does_not_overwrite_the_first(folder):
+    train(folder, '--max_iters=4')
+    before = sorted(os.listdir(folder / 'out_jax'))
+    result = run(folder, 'train_jax.py', *TINY)
+    assert result.returncode == 1 and '--init_from=resume' in result.stderr and sorted(os.listdir(folder / 'out_jax')) == before
+
+
+def test_config_files_and_flags_win_in_their_order(folder):
+    (folder / 'mine.py').write_text('import math\nmax_iters = 2\nlearning_rate = 1 # an int\nmax_itres = 3\n')
+    out = train(folder, '--max_iters=1', 'mine.py', '--log_interval=2')
+    assert [int(i[0]) for i in ITER.findall(out)] == [0, 2]
+    assert 'WARNING: mine.py sets max_itres, which no script knows; did you mean max_iters?' in out
+
+
+@pytest.mark.parametrize('name', sorted(os.listdir(os.path.join(ROOT, 'config'))))
+def test_the_configs_set_nothing_unknown(folder, name):
+    result = run(folder, 'train_jax.py', os.path.join(ROOT, 'config', name), '--dataset=absent', '--out_dir=out')
+    assert 'WARNING' not in result.stdout and 'data/absent/train.bin does not exist' in result.stderr
+
+
+def test_wandb_logs_offline(folder):
+    pytest.importorskip('wandb', reason='wandb is not installed')
+    train(folder, '--max_iters=4', '--wandb_log=True', '--wandb_project=p', WANDB_MODE='offline', WANDB_SILENT='true')
+    assert any(name.startswith('offline-run-') for name in os.listdir(folder / 'wandb'))
+
+
+# -----------------------------------------------------------------------------
+# resume and evaluation
+
+def test_a_resumed_run_ends_with_the_same_bits(folder):
+    args = ['--dropout=0.2', '--always_save_checkpoint=True', '--eval_interval=5']
+    whole = train(folder, *args, '--max_iters=11', '--out_dir=whole')
+    first = train(folder, *args, '--max_iters=6', '--out_dir=parts')
+    # nothing else is given: the settings come from the checkpoint
+    result = run(folder, 'train_jax.py', '--init_from=resume', '--out_dir=parts', '--device=cpu', '--max_iters=11')
+    assert result.returncode == 0, result.stderr
+    assert 'differs from the checkpoint: max_iters 6 -> 11\n' in result.stdout
+    losses = {**dict((i[0], i[1]) for i in ITER.findall(first)), **dict((i[0], i[1]) for i in ITER.findall(result.stdout))}
+    assert losses == {i[0]: i[1] for i in ITER.findall(whole)}
+    assert [i[0] for i in ITER.findall(result.stdout)] == ['7', '8', '9', '10', '11']  # none skipped, none repeated
+    state, meta = saved(folder, 'whole', 12)
+    again, meta_again = saved(folder, 'parts', 12)
+    assert_same_bits(state, again)
+    assert meta['best_val_loss'] == meta_again['best_val_loss']
+
+
+def test_evaluation_does_not_disturb_training(folder):
+    train(folder, '--max_iters=5', '--dropout=0.2', '--eval_interval=2', '--out_dir=often')
+    train(folder, '--max_iters=5', '--dropout=0.2', '--eval_interval=100', '--eval_iters=1', '--out_dir=rarely')
+    assert_same_bits(saved(folder, 'often', 6)[0], saved(folder, 'rarely', 6)[0])
+
+
+def test_eval_only_evaluates_once_and_writes_nothing(folder):
+    out = train(folder, '--max_iters=4')
+    before = sorted(os.listdir(folder / 'out_jax'))
+    evaluated = train(folder, '--init_from=resume', '--eval_only=True', '--seed=7')
+    assert not ITER.findall(evaluated) and len(STEP.findall(evaluated)) == 1
+    assert sorted(os.listdir(folder / 'out_jax')) == before
+    # the evaluation batches are the same for every seed: the step saved at 4 was evaluated once before
+    assert len(STEP.findall(out)) == 2
+    scratch = train(folder, '--eval_only=True', '--out_dir=none')
+    assert STEP.findall(scratch)[0] == STEP.findall(out)[0] and not (folder / 'none').exists()
+
+
+def test_a_finished_run_has_nothing_left_to_train(folder):
+    train(folder, '--max_iters=2')
+    out = train(folder, '--init_from=resume', '--max_iters=2')
+    assert 'nothing left to train' in out and not ITER.findall(out)
+
+
+def test_a_smaller_block_size_crops_on_resume_and_a_larger_is_refused(folder):
+    train(folder, '--max_iters=2')
+    out = train(folder, '--init_from=resume', '--block_size=8', '--max_iters=3', '--n_layer=5')
+    assert 'block_size 16 -> 8' in out and 'n_layer 2 (kept' in out
+    state, meta = saved(folder, 'out_jax', 4)
+    assert meta['model_args']['block_size'] == 8
+    assert state['params']['transformer']['wpe']['embedding'].shape == (8, 32)
+    result = run(folder, 'train_jax.py', '--init_from=resume', '--device=cpu', '--block_size=16')
+    assert result.returncode == 1 and 'block_size=16 is larger' in result.stderr
+
+
+# -----------------------------------------------------------------------------
+# several devices
+
+def test_eight_devices_train_like_one(folder):
+    args = ['--max_iters=6', '--gradient_accumulation_steps=4']
+    one = train(folder, *args, '--out_dir=one')
+    eight = train(folder, *args, '--out_dir=eight', XLA_FLAGS='--xla_force_host_platform_device_count=8')
+    assert 'devices: 8' in eight and 'tokens per iteration will be: 256' in eight
+    # float32 sums over devices in another order, grown over the steps: the fourth printed digit may differ
+    for a, b in zip(ITER.findall(one) + STEP.findall(one), ITER.findall(eight) + STEP.findall(eight)):
+        np.testing.assert_allclose(float(a[1]), float(b[1]), atol=2e-3)
+
+
+def test_devices_that_rows_do_not_divide_are_left_out(folder):
+    out = train(folder, '--max_iters=1', '--batch_size=3', '--gradient_accumulation_steps=1',
+                XLA_FLAGS='--xla_force_host_platform_device_count=8')
+    assert 'using 3 of 8 devices: 3 rows a step cannot be shared equally by more' in out
+
+
+# -----------------------------------------------------------------------------
+# a user's mistakes: one line, exit code 1, no traceback
+
+@pytest.mark.parametrize('args, words', [
+    (['--bach_size=3'], ['unknown flag --bach_size', 'did you mean --batch_size?']),
+    (['--batch_size=3.5'], ['batch_size expects int, got 3.5 (float)']),
+    (['--bias=1'], ['bias expects bool, got 1 (int)', 'True or False']),
+    (['--batch_size', '3'], ['--batch_size has no value', '--key=value']),
+    (['config/absent.py'], ['config/absent.py']),
+    (['--dataset=absent'], ['data/absent/train.bin does not exist', 'data/absent/prepare.py']),
+    (['--block_size=4000'], ['train.bin', '4001']),
+    (['--n_head=3'], ['n_embd (32) must be a multiple of n_head (3)']),
+    (['--device=mps'], ['mps', '--device=cpu']),
+    (['--device=tpu'], ["'tpu'", '--device=auto']),
+    (['--init_from=resume', '--out_dir=absent'], ['absent does not exist']),
+    (['--init_from=scrach'], ["'scrach'", 'scratch', 'resume', 'gpt2-xl']),
+])
+def test_a_mistake_is_one_line(folder, args, words):
+    result = run(folder, 'train_jax.py', *TINY, *args)
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith('error: '), result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert not (folder / 'absent').exists()
