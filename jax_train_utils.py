@@ -149,7 +149,8 @@ def create_codec(chars):
         if unknown:
             raise UserError(f'the model never saw the characters {unknown}; it knows {"".join(chars)!r}')
         return [ids[c] for c in text]
-    return encode, lambda tokens: ''.join(chars[i] for i in tokens)
+    # a model finetuned on them may have a larger vocabulary
+    return encode, lambda tokens: ''.join(chars[i] for i in tokens if i < len(chars))
 
 
 def read_prompt(start):

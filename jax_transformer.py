@@ -220,7 +220,7 @@ class GPT(nnx.Module):
         if idx.shape[1] < 1:
             raise UserError('generate needs at least one token to continue; the prompt is empty')
         if top_k is not None and top_k < 1:
-            raise UserError(f'top_k is {top_k}; it must be at least 1, or None for all tokens')
+            raise UserError(f'top_k is {top_k}; it must be at least 1')
         if temperature < 0:
             raise UserError(f'temperature is {temperature}; it must be 0 (most likely token) or more')
         if temperature == 0:

@@ -191,10 +191,11 @@ while iter_num <= max_iters or eval_only:
         if eval_only:
             break
         improved = losses['val'] < best_val_loss
-        best_val_loss = min(losses['val'], best_val_loss)
-        if (improved or always_save_checkpoint) and iter_num > start_iter: # a resumed run's first is on disk already
-            print(f'saving checkpoint to {out_dir}')
-            save_checkpoint(checkpoints, state, iter_num, best_val_loss, model_args, config, chars, losses['val'])
+        if (improved or always_save_checkpoint) and not (init_from == 'resume' and iter_num == start_iter): # is on disk
+            best_val_loss = min(losses['val'], best_val_loss)
+            if iter_num > 0:
+                print(f'saving checkpoint to {out_dir}')
+                save_checkpoint(checkpoints, state, iter_num, best_val_loss, model_args, config, chars, losses['val'])
         t0 = time.time()
 
     # one optimizer step; the host prepares the next batch while the devices compute
