@@ -1,22 +1,22 @@
 """
 What train_jax.py is made of: pure functions with explicit arguments.
-Schedule and optimizer, batches, devices and sharding, the jitted steps, checkpoints.
+Schedule and optimizer, batches, devices and sharding, the jitted steps, what a run is stopped by.
 """
 
-import logging
+import json
 import math
 import os
 import pickle
+import signal
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jax_transformer import GPT, UserError
 
@@ -95,6 +95,38 @@ def open_tokens(data_dir, split, block_size):
         raise UserError(f'{path} has {size} bytes; it must hold at least block_size + 1 = {block_size + 1} '
                         'token ids of two bytes each')
     return np.memmap(path, dtype=np.uint16, mode='r')
+
+
+def largest_token(path):
+    """The largest id in a .bin file, read in bounded memory; kept in <path>.max under the file's size and time."""
+    stat = os.stat(path)
+    stamp, kept = [stat.st_size, stat.st_mtime_ns], path + '.max'
+    try:
+        with open(kept, encoding='utf-8') as f:
+            known = json.load(f)
+        if known['stamp'] == stamp:
+            return known['max']
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or not ours: count again
+    largest, chunk = 0, 2 ** 24  # 32 MB at a time
+    for start in range(0, stat.st_size // 2, chunk):
+        largest = max(largest, int(np.fromfile(path, np.uint16, count=chunk, offset=2 * start).max()))
+    try:
+        with open(kept, 'w', encoding='utf-8') as f:
+            json.dump({'stamp': stamp, 'max': largest}, f)
+    except OSError:
+        pass  # a read-only folder: counted again next time
+    return largest
+
+
+def check_tokens(data_dir, vocab_size):
+    """Raise UserError if a split holds a token id that the model has no embedding for."""
+    for split in ('train', 'val'):
+        path = os.path.join(data_dir, f'{split}.bin')
+        largest = largest_token(path)
+        if largest >= vocab_size:
+            raise UserError(f"{path} holds the token id {largest}, the model's vocabulary ends at {vocab_size - 1}: "
+                            f'prepare the data again, or train a model with its vocabulary')
 
 
 def get_batch(data_dir, split, n_rows, block_size, seed, iter_num, purpose=TRAIN):
@@ -331,7 +363,7 @@ def make_train_step(graphdef, tx, seed, scale_loss=False):
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
         (grads, loss), _ = jax.lax.scan(micro_step, zeros, (jnp.arange(n_micro), x, y))
         grads = jax.tree.map(lambda g: g / (n_micro * scale), grads)
-        metrics = {'loss': loss / n_micro, 'grad_norm': optax.global_norm(grads)}
+        metrics = {'loss': loss / n_micro, 'grad_norm': optax.tree.norm(grads)}
 
         updates, opt_state = tx.update(grads, state['opt_state'], params)
         new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state, 'loss_scale': state['loss_scale']}
@@ -371,87 +403,63 @@ def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, blo
 
 
 # -----------------------------------------------------------------------------
-# checkpoints: out_dir/<iter_num>/ with the items params, optimizer (its state and the loss scale) and meta (JSON)
+# what a run is refused and stopped by
 
-logging.getLogger('absl').setLevel(logging.ERROR)  # orbax warns of every save that has no metric
+def check_settings(config):
+    """Raise UserError for numbers that no run can be made of."""
+    at_least = dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1, block_size=1,
+                    seed=0, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0, min_lr=0, weight_decay=0,
+                    grad_clip=0, beta1=0, beta2=0)
+    for name, least in at_least.items():
+        if not least <= config[name] < math.inf:
+            raise UserError(f'{name} is {config[name]}; it must be at least {least}')
+    for name in ('beta1', 'beta2'):
+        if config[name] >= 1:
+            raise UserError(f'{name} is {config[name]}; it must be below 1')
 
 
-def open_checkpoints(out_dir, read_only=False):
-    """The manager of out_dir's checkpoints: it writes in the background and keeps the latest and the best.
+class StopRequest:
+    """Remembers the first SIGTERM or SIGINT, for the loop to end at the next step; the second ends the process at once.
 
-    Raises UserError where there is none to read.
+    Under jax.distributed SIGTERM is left to its own handler, by which all processes agree on the step to end at.
     """
-    def val_loss(metrics):
-        return metrics['val_loss']
-    # max_to_keep with best_fn would delete the latest when it is not among the best
-    keep = AnyPreservationPolicy([
-        LatestN(1), BestN(get_metric_fn=val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)])
-    if read_only and not os.path.isdir(out_dir):
-        raise UserError(f'{out_dir} does not exist: no checkpoint to load; train one first, or name its folder with --out_dir')
-    manager = ocp.CheckpointManager(os.path.abspath(out_dir), options=ocp.CheckpointManagerOptions(
-        best_fn=val_loss, best_mode='min', preservation_policy=keep, read_only=read_only))
-    if read_only and manager.latest_step() is None:
-        raise UserError(f'no checkpoint in {out_dir}: train one first, or name its folder with --out_dir')
-    return manager
+
+    def __init__(self):
+        self.signum = None
+        self.signals = (signal.SIGINT,) if jax.distributed.is_initialized() else (signal.SIGINT, signal.SIGTERM)
+        for signum in self.signals:
+            signal.signal(signum, self._remember)
+
+    def _remember(self, signum, frame):
+        self.signum = signal.Signals(signum)
+        for each in self.signals:
+            signal.signal(each, signal.SIG_DFL)
+
+    def reached(self, iter_num):
+        """Whether to end before this iteration."""
+        if multihost_utils.reached_preemption_sync_point(iter_num):
+            self.signum = signal.SIGTERM
+        return self.signum is not None
+
+    @property
+    def exit_code(self):
+        """130 after Ctrl-C, as shells have it, else 0: schedulers send SIGTERM as a matter of course."""
+        return 130 if self.signum == signal.SIGINT else 0
 
 
-def save_checkpoint(manager, state, iter_num, best_val_loss, model_args, config, chars, val_loss=None):
-    """Save as out_dir/<iter_num> what nanoGPT's checkpoints hold; waits for the copy off the device only.
+def find_non_finite(iter_num, numbers):
+    """What is not finite among a step's metrics or other named scalars, in words, or None; waits for the device.
 
-    chars: the characters of the vocabulary, or None for GPT-2's BPE. val_loss, where it was evaluated at this
-    very iteration, makes the checkpoint a candidate for the best. Raises UserError where a later one is in the way.
+    In float16 an overflow only skips the step, until that has halved the loss scale to less than 1.
     """
-    meta = dict(iter_num=iter_num, best_val_loss=best_val_loss, model_args=model_args, config=config, chars=chars)
-    params, optimizer = _items(state)
-    saved = manager.save(iter_num, metrics=None if val_loss is None else {'val_loss': val_loss}, args=ocp.args.Composite(
-        params=ocp.args.StandardSave(params), optimizer=ocp.args.StandardSave(optimizer), meta=ocp.args.JsonSave(meta)))
-    if not saved:
-        raise UserError(f'{manager.directory} holds checkpoint {manager.latest_step()} already, so {iter_num} was not saved: '
-                        'choose another --out_dir')
+    if float(numbers.get('loss_scale', 0)) >= 1:
+        return None
+    wrong = [f'{name} is {float(value)}' for name, value in numbers.items() if not math.isfinite(value)]
+    return f'{" and ".join(wrong)} at iteration {iter_num}, not a finite number' if wrong else None
 
 
-def find_checkpoint(manager, which='auto'):
-    """The iteration that `which` names: latest, best, a number, or auto, which is the best where the run kept
-    improvements only (as nanoGPT's single file would be), else the latest. Raises UserError for one that is not there."""
-    if which == 'auto':
-        config = read_checkpoint_meta(manager, manager.latest_step())['config']
-        which = 'latest' if config['always_save_checkpoint'] else 'best'
-    if which == 'best' and manager.best_step() is not None:
-        return manager.best_step()
-    if which in ('latest', 'best'):  # before the first evaluation that counts there is no best
-        return manager.latest_step()
-    if which.isdecimal() and int(which) in manager.all_steps():
-        return int(which)
-    raise UserError(f'no checkpoint {which!r} in {manager.directory}: give auto, latest, best, or one of {manager.all_steps()}')
-
-
-def read_checkpoint_meta(manager, step):
-    """The JSON part of a checkpoint: iter_num, best_val_loss, model_args, config, chars."""
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
-
-
-def restore_params(manager, step, config, sharding):
-    """The parameters alone, for sampling. config: the GPTConfig that they were saved under."""
-    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(0)), nnx.Param)))
-    return manager.restore(step, args=ocp.args.Composite(params=_target(shapes, sharding)))['params']
-
-
-def restore_state(manager, step, config, tx, mesh):
-    """The whole training state, onto the mesh's devices, however many wrote it."""
-    params, optimizer = _items(jax.eval_shape(lambda: create_train_state(GPT(config, rngs=nnx.Rngs(0)), tx)))
-    items = manager.restore(step, args=ocp.args.Composite(
-        params=_target(params, replicated(mesh)), optimizer=_target(optimizer, replicated(mesh))))
-    return {'params': items['params'], **items['optimizer']}
-
-
-def _items(state):
-    """A training state as the two items of a checkpoint: what a sampler needs, and the rest."""
-    return state['params'], {k: v for k, v in state.items() if k != 'params'}
-
-
-def _target(shapes, sharding):
-    return ocp.args.StandardRestore(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes))
-
+# -----------------------------------------------------------------------------
+# resuming
 
 def crop_state(state, block_size):
     """GPT.crop_block_size for a whole training state: the position embeddings and their moments."""

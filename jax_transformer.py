@@ -219,6 +219,8 @@ class GPT(nnx.Module):
         """
         if idx.shape[1] < 1:
             raise UserError('generate needs at least one token to continue; the prompt is empty')
+        if max_new_tokens < 0:
+            raise UserError(f'max_new_tokens is {max_new_tokens}; it must be at least 0')
         if top_k is not None and top_k < 1:
             raise UserError(f'top_k is {top_k}; it must be at least 1')
         if temperature < 0:

@@ -11,11 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_train_utils import (
-    compute_dtype, create_codec, find_checkpoint, open_checkpoints, read_checkpoint_meta, read_prompt,
-    report_user_error, restore_params, select_devices, split_model,
-)
-from jax_transformer import GPT, GPTConfig
+from jax_checkpoint import Checkpoints
+from jax_train_utils import compute_dtype, create_codec, read_prompt, report_user_error, select_devices, split_model
+from jax_transformer import GPT, GPTConfig, UserError
 
 # -----------------------------------------------------------------------------
 init_from = 'resume' # 'resume' (a run's out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with GPT-2 weights
@@ -35,6 +33,8 @@ config, given = configure(globals()) # overrides from the command line and confi
 # -----------------------------------------------------------------------------
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
+if num_samples < 1:
+    raise UserError(f'num_samples is {num_samples}; it must be at least 1')
 if 'compile' in given:
     print('--compile has no counterpart here and is ignored: XLA always compiles')
 devices = select_devices(device)
@@ -43,12 +43,12 @@ compute_type = compute_dtype(dtype, devices)
 # model
 chars = None
 if init_from == 'resume':
-    checkpoints = open_checkpoints(out_dir, read_only=True)
-    step = find_checkpoint(checkpoints, which)
-    saved = read_checkpoint_meta(checkpoints, step)
+    checkpoints = Checkpoints(out_dir, read_only=True)
+    step = checkpoints.find(which)
+    saved = checkpoints.meta(step)
     chars = saved['chars']
     gptconf = GPTConfig(**saved['model_args'], dtype=compute_type)
-    params = restore_params(checkpoints, step, gptconf, jax.sharding.SingleDeviceSharding(devices[0]))
+    params = checkpoints.params(step, gptconf, jax.sharding.SingleDeviceSharding(devices[0]))
     model = nnx.merge(split_model(gptconf)[2], params)
     print(f'sampling from iteration {step} of {out_dir}')
 else:

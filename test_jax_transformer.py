@@ -21,6 +21,7 @@ import optax
 from flax import nnx
 
 import jax_train_utils as utils
+from jax_checkpoint import Checkpoints, find_damage
 from jax_transformer import GPT, GPTConfig, UserError, cross_entropy, export_torch_weights, load_torch_weights, sampling_logits
 
 TESTDATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'testdata')
@@ -309,12 +310,12 @@ def test_future_tokens_have_zero_gradient():
 @area('clipping')
 def test_clipping_bounds_the_global_norm_and_zero_means_none():
     grads = {'a': jnp.full((3, 4), 2.0), 'b': jnp.full(5, -1.0)}
-    norm = float(optax.global_norm(grads))
+    norm = float(optax.tree.norm(grads))
     for clip, want in ((0.5, 0.5), (2 * norm, norm), (0.0, norm)):
         tx = utils.create_optimizer(lambda it: 1e-3, 0.0, (0.9, 0.95), clip)
         _, state = jax.jit(tx.update)(grads, tx.init(grads), grads)
         first_moment = optax.tree.get(state, 'mu')  # AdamW's update itself would hide the gradient's scale
-        np.testing.assert_allclose(optax.global_norm(first_moment), 0.1 * want, rtol=1e-6)  # (1 - beta1) * gradient
+        np.testing.assert_allclose(optax.tree.norm(first_moment), 0.1 * want, rtol=1e-6)  # (1 - beta1) * gradient
 
 
 @area('optimizer step')
@@ -641,8 +642,8 @@ def test_characters_round_trip_and_unknown_ones_are_refused():
 
 # -----------------------------------------------------------------------------
 
-def save(manager, state, iter_num, val_loss=None, **config):
-    utils.save_checkpoint(manager, state, iter_num, 1.0, dict(TINY), {'always_save_checkpoint': True} | config, None, val_loss)
+def save(checkpoints, state, iter_num, val_loss=None, **config):
+    checkpoints.save(state, iter_num, 1.0, dict(TINY), {'always_save_checkpoint': True} | config, None, val_loss)
 
 
 @area('checkpoint round trip')
@@ -654,12 +655,13 @@ def test_a_checkpoint_comes_back_bit_for_bit():
     x = tokens(1, 8 * len(jax.devices()), 16)
     state, _ = utils.make_train_step(graphdef, tx, 0)(state, *utils.shard_batch(mesh, x, x), 0)
     with tempfile.TemporaryDirectory() as folder:
-        with utils.open_checkpoints(folder) as manager:
-            save(manager, state, 7)
-        with utils.open_checkpoints(folder, read_only=True) as manager:
-            restored = utils.restore_state(manager, 7, GPTConfig(**TINY), tx, mesh)
-            params = utils.restore_params(manager, 7, GPTConfig(**TINY), utils.replicated(mesh))
-            meta = utils.read_checkpoint_meta(manager, 7)
+        checkpoints = Checkpoints(folder)
+        save(checkpoints, state, 7)
+        checkpoints.close()
+        checkpoints = Checkpoints(folder, read_only=True)
+        restored = checkpoints.state(7, GPTConfig(**TINY), tx, mesh)
+        params = checkpoints.params(7, GPTConfig(**TINY), utils.replicated(mesh))
+        meta = checkpoints.meta(7)
     assert_equal_trees(restored, state)
     assert_equal_trees(params, state['params'])
     assert meta['iter_num'] == 7 and meta['best_val_loss'] == 1.0 and meta['model_args'] == TINY
@@ -669,23 +671,44 @@ def test_a_checkpoint_comes_back_bit_for_bit():
 def test_latest_and_best_are_kept():
     state = {'params': {'w': jnp.ones((2, 2))}, 'opt_state': jnp.zeros(2), 'loss_scale': jnp.ones(1)}
     with tempfile.TemporaryDirectory() as folder:
-        with utils.open_checkpoints(folder) as manager:
-            for iter_num, val_loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
-                save(manager, state, iter_num, val_loss, always_save_checkpoint=False)
-            manager.wait_until_finished()
-            assert sorted(manager.all_steps()) == [2, 4]
-            assert [utils.find_checkpoint(manager, which) for which in ('latest', 'best', 'auto', '4')] == [4, 2, 2, 4]
-            assert_refused(lambda: utils.find_checkpoint(manager, '3'), "'3'", '[2, 4]')
-            assert_refused(lambda: save(manager, state, 2), 'not saved')
-            save(manager, state, 5, always_save_checkpoint=True)
-            assert utils.find_checkpoint(manager, 'auto') == 5
+        checkpoints = Checkpoints(folder)
+        for iter_num, val_loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
+            save(checkpoints, state, iter_num, val_loss, always_save_checkpoint=False)
+        checkpoints.close()
+        checkpoints = Checkpoints(folder)
+        assert checkpoints.steps() == [2, 4]
+        assert [checkpoints.find(which) for which in ('latest', 'best', 'auto', '4')] == [4, 2, 2, 4]
+        assert_refused(lambda: checkpoints.find('3'), "'3'", '[2, 4]')
+        assert_refused(lambda: save(checkpoints, state, 2), 'not saved')
+        save(checkpoints, state, 5, always_save_checkpoint=True)
+        checkpoints.close()
+        assert checkpoints.find('auto') == 5
+
+
+@area('checkpoint round trip')
+def test_a_flipped_bit_is_found():
+    state = {'params': {'w': jnp.ones((2, 2))}, 'opt_state': jnp.zeros(2), 'loss_scale': jnp.ones(1)}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(folder)
+        save(checkpoints, state, 1)
+        checkpoints.close()
+        assert find_damage(checkpoints.folder(1)) is None and checkpoints.newest_whole() == 1
+        data = os.path.join(checkpoints.folder(1), 'params', 'd')
+        path = os.path.join(data, os.listdir(data)[0])
+        with open(path, 'r+b') as f:
+            f.seek(20)
+            byte = f.read(1)[0]
+            f.seek(20)
+            f.write(bytes([byte ^ 1]))
+        assert 'is changed' in find_damage(checkpoints.folder(1))
+        assert_refused(checkpoints.newest_whole, 'no checkpoint', 'is whole')
 
 
 @area('checkpoint round trip')
 def test_no_checkpoint_is_refused():
     with tempfile.TemporaryDirectory() as folder:
-        assert_refused(lambda: utils.open_checkpoints(folder, read_only=True), 'no checkpoint in', '--out_dir')
-        assert_refused(lambda: utils.open_checkpoints(os.path.join(folder, 'a'), read_only=True), 'does not exist')
+        assert_refused(lambda: Checkpoints(folder, read_only=True), 'no checkpoint in', '--out_dir')
+        assert_refused(lambda: Checkpoints(os.path.join(folder, 'a'), read_only=True), 'does not exist')
         assert os.listdir(folder) == []
 
 

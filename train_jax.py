@@ -16,12 +16,14 @@ from functools import partial
 
 import jax
 import numpy as np
+import optax
 
+from jax_checkpoint import Checkpoints, steps_on_disk
 from jax_train_utils import (
-    compute_dtype, create_learning_rate_schedule, create_optimizer, crop_state, decay_groups, estimate_loss,
-    get_train_batch, init_train_state, load_meta, make_eval_step, make_mesh, make_train_step, merge_resumed_config,
-    open_checkpoints, open_tokens, peak_flops, place_train_state, read_checkpoint_meta, report_user_error,
-    restore_state, save_checkpoint, select_devices, share_rows, split_model,
+    StopRequest, check_settings, check_tokens, compute_dtype, create_learning_rate_schedule,
+    create_optimizer, crop_state, decay_groups, estimate_loss, find_non_finite, get_train_batch, init_train_state, load_meta,
+    make_eval_step, make_mesh, make_train_step, merge_resumed_config, open_tokens, peak_flops, place_train_state,
+    report_user_error, select_devices, share_rows, split_model,
 )
 from jax_transformer import GPT, GPT_ARGS, GPTConfig, UserError
 
@@ -86,20 +88,19 @@ iter_num = 0
 best_val_loss = 1e9
 chars = None # the characters of the vocabulary, where the data set has its own
 if init_from == 'resume':
-    print(f'Resuming training from {out_dir}')
-    saved_checkpoints = open_checkpoints(out_dir, read_only=True)
-    iter_num = saved_checkpoints.latest_step()
-    saved = read_checkpoint_meta(saved_checkpoints, iter_num)
+    saved_checkpoints = Checkpoints(out_dir, read_only=True)
+    iter_num = saved_checkpoints.newest_whole()
+    print(f'Resuming training from {out_dir}, from iteration {iter_num}')
+    saved = saved_checkpoints.meta(iter_num)
     best_val_loss, chars = saved['best_val_loss'], saved['chars']
     config, differs = merge_resumed_config(config, given, saved['config'])
     globals().update(config)
     if differs:
         print(f'differs from the checkpoint: {differs}')
-if not eval_only:
-    checkpoints = open_checkpoints(out_dir)
-    if init_from != 'resume' and checkpoints.latest_step() is not None:
-        raise UserError(f'{out_dir} holds checkpoints of another run (iteration {checkpoints.latest_step()}): go on with it '
-                        'by --init_from=resume, or choose another --out_dir')
+check_settings(config)
+if init_from != 'resume' and not eval_only and steps_on_disk(out_dir):
+    raise UserError(f'{out_dir} holds checkpoints of another run (iteration {steps_on_disk(out_dir)[-1]}): go on with it '
+                    'by --init_from=resume, or choose another --out_dir')
 
 # the rows of a step, shared by the devices
 n_rows = gradient_accumulation_steps * batch_size
@@ -135,7 +136,7 @@ if init_from == 'scratch':
     state = init_train_state(GPTConfig(**model_args), tx, seed, mesh)
 elif init_from == 'resume':
     model_args = saved['model_args'] | dict(dropout=dropout)
-    state = restore_state(saved_checkpoints, iter_num, GPTConfig(**model_args), tx, mesh)
+    state = saved_checkpoints.state(iter_num, GPTConfig(**model_args), tx, mesh)
     if block_size < model_args['block_size']:
         state = crop_state(state, block_size)
         model_args['block_size'] = block_size
@@ -148,6 +149,8 @@ elif init_from.startswith('gpt2') or os.path.isdir(init_from):
 else:
     raise UserError(f"init_from is {init_from!r}; it must be 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', "
                     "'gpt2-xl', or a folder with config.json and model.safetensors")
+config |= {name: value for name, value in model_args.items() if name in config} # as pretrained weights have it
+check_tokens(data_dir, model_args['vocab_size'])
 model, train_graphdef, eval_graphdef = split_model(GPTConfig(**model_args, dtype=compute_type))
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 for name, tensors in zip(('decayed', 'non-decayed'), decay_groups(state['params'])):
@@ -161,8 +164,15 @@ if wandb_log:
     import wandb
     wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 
+# where checkpoints go; opened this late so that a mistake above leaves no folder behind
+if not eval_only:
+    checkpoints = Checkpoints(out_dir)
+    if init_from == 'resume':
+        checkpoints.set_aside_after(iter_num) # damaged ones, which would be in the way
+
 # training loop
 get_step_batch = partial(get_train_batch, mesh, data_dir, n_rows, n_micro, block_size, seed)
+stop = StopRequest() # SIGTERM and SIGINT end the loop at its next turn
 if not eval_only:
     batch = get_step_batch(iter_num) # the very first
     t0 = time.time()
@@ -171,8 +181,9 @@ if not eval_only:
 start_iter = iter_num
 running_mfu = -1.0
 train_time, timed_iters = 0.0, 0 # seconds and iterations since the last logged one, evaluations excluded
+problem = None
 t0 = time.time()
-while iter_num <= max_iters or eval_only:
+while (iter_num <= max_iters or eval_only) and not stop.reached(iter_num) and not problem:
 
     # evaluate the loss on the train and val sets, and write checkpoints
     if iter_num % eval_interval == 0 or eval_only:
@@ -190,12 +201,15 @@ while iter_num <= max_iters or eval_only:
             })
         if eval_only:
             break
+        problem = find_non_finite(iter_num, {'validation loss': losses['val']})
+        if problem:
+            break
         improved = losses['val'] < best_val_loss
         if (improved or always_save_checkpoint) and not (init_from == 'resume' and iter_num == start_iter): # is on disk
             best_val_loss = min(losses['val'], best_val_loss)
             if iter_num > 0:
                 print(f'saving checkpoint to {out_dir}')
-                save_checkpoint(checkpoints, state, iter_num, best_val_loss, model_args, config, chars, losses['val'])
+                checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars, losses['val'])
         t0 = time.time()
 
     # one optimizer step; the host prepares the next batch while the devices compute
@@ -212,12 +226,24 @@ while iter_num <= max_iters or eval_only:
             mfu = model.estimate_mfu(n_rows, dt, n_devices * peak)
             running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
         print(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%')
+        problem = find_non_finite(iter_num, metrics)
+        checkpoints.check() # for an error in the background
     iter_num += 1
 
-# the last iteration is kept too, and background saving is waited for
+# the last iteration is kept too, and saving in the background is waited for
 if not eval_only:
-    if iter_num > start_iter:
-        save_checkpoint(checkpoints, state, iter_num, best_val_loss, model_args, config, chars)
-    else:
-        print(f'nothing left to train: {out_dir} is at iteration {iter_num}, past max_iters={max_iters}')
+    if iter_num > start_iter and not problem:
+        problem = find_non_finite(iter_num, {'norm of the weights': optax.tree.norm(state['params'])})
+    if iter_num > start_iter and not problem:
+        checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars)
     checkpoints.close()
+    if problem:
+        raise UserError(f'{problem}; {checkpoints.what_is_whole()}. Try a smaller --learning_rate, a larger --warmup_iters, '
+                        'a --grad_clip of 1.0, or --dtype=float32')
+    if stop.signum:
+        print(f'stopped by {stop.signum.name} before iteration {iter_num}; '
+              f'go on with: python train_jax.py --init_from=resume --out_dir={out_dir}')
+    elif iter_num == start_iter:
+        print(f'nothing left to train: {out_dir} is at iteration {iter_num}, past max_iters={max_iters}')
+    print(f'training waited {checkpoints.blocked:.2f} s for {checkpoints.saves} checkpoints')
+sys.exit(stop.exit_code)

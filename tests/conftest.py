@@ -7,11 +7,16 @@ import subprocess
 import sys
 import tempfile
 
+import jax
 import numpy as np
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+
+import jax_train_utils as utils
+from jax_checkpoint import Checkpoints
+from jax_transformer import GPTConfig
 
 # a model that trains in milliseconds; every run of these tests starts from this
 TINY = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
@@ -56,3 +61,12 @@ def train(folder, *args, **env):
     result = run(folder, 'train_jax.py', *TINY, *args, **env)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def saved(folder, out_dir, step):
+    """(training state, meta) of a checkpoint, as numpy arrays."""
+    checkpoints = Checkpoints(folder / out_dir, read_only=True)
+    meta = checkpoints.meta(step)
+    tx = utils.create_optimizer(lambda it: 0.0, 0.1, (0.9, 0.95), 1.0)
+    state = checkpoints.state(step, GPTConfig(**meta['model_args']), tx, utils.make_mesh(jax.devices()[:1]))
+    return jax.tree.map(np.array, state), meta

@@ -37,6 +37,13 @@ def test_a_prompt_can_come_from_a_file(trained):
     assert texts(sample(trained, '--num_samples=1', '--max_new_tokens=3', '--start=FILE:prompt.txt'))[0].startswith('ab\ncd')
 
 
+def test_temperature_zero_takes_the_most_likely_token_and_no_new_tokens_leave_the_prompt(trained):
+    greedy = sample(trained, '--num_samples=2', '--max_new_tokens=9', '--start=abc', '--temperature=0.0')
+    assert len(set(texts(greedy))) == 1 and texts(greedy) == texts(
+        sample(trained, '--num_samples=2', '--max_new_tokens=9', '--start=abc', '--temperature=0.0', '--seed=9'))
+    assert texts(sample(trained, '--num_samples=1', '--max_new_tokens=0', '--start=abc')) == ['abc']
+
+
 def test_the_vocabulary_comes_from_the_checkpoint(trained):
     meta = trained / 'data' / 'tiny' / 'meta.pkl'
     meta.rename(meta.with_suffix('.away'))
@@ -53,9 +60,14 @@ def test_the_vocabulary_comes_from_the_checkpoint(trained):
     (['--out_dir=absent'], ['absent does not exist']),
     (['--which=3'], ["'3'", 'latest']),
     (['--top_k=0'], ['top_k is 0']),
+    (['--start=FILE:latin1.txt'], ['latin1.txt', 'utf-8']),
+    (['--num_samples=0'], ['num_samples is 0']),
+    (['--max_new_tokens=-1'], ['max_new_tokens is -1']),
+    (['--temperature=-0.5'], ['temperature is -0.5']),
     (['--num_sample=1'], ['--num_samples']),
 ])
 def test_a_mistake_is_one_line(trained, args, words):
+    (trained / 'latin1.txt').write_bytes(b'caf\xe9')
     result = run(trained, 'sample_jax.py', '--device=cpu', '--start=a', *args)
     assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith('error: ')
     for word in words:

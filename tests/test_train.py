@@ -3,26 +3,9 @@
 import os
 import re
 
-import jax
 import numpy as np
 import pytest
-from conftest import ITER, ROOT, STEP, TINY, run, train
-
-import jax_train_utils as utils
-from jax_transformer import GPTConfig
-
-
-def saved(folder, out_dir, step):
-    """(training state, meta) of a checkpoint, as numpy arrays."""
-    with utils.open_checkpoints(folder / out_dir, read_only=True) as manager:
-        meta = utils.read_checkpoint_meta(manager, step)
-        tx = utils.create_optimizer(lambda it: 0.0, 0.1, (0.9, 0.95), 1.0)
-        state = utils.restore_state(manager, step, GPTConfig(**meta['model_args']), tx, utils.make_mesh(jax.devices()[:1]))
-    return jax.tree.map(np.array, state), meta
-
-
-def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+from conftest import ITER, ROOT, STEP, TINY, run, saved, train
 
 
 # -----------------------------------------------------------------------------
@@ -103,14 +86,14 @@ def test_a_resumed_run_ends_with_the_same_bits(folder):
     assert [i[0] for i in ITER.findall(result.stdout)] == ['7', '8', '9', '10', '11']  # none skipped, none repeated
     state, meta = saved(folder, 'whole', 12)
     again, meta_again = saved(folder, 'parts', 12)
-    assert_same_bits(state, again)
+    np.testing.assert_equal(state, again)
     assert meta['best_val_loss'] == meta_again['best_val_loss']
 
 
 def test_evaluation_does_not_disturb_training(folder):
     train(folder, '--max_iters=5', '--dropout=0.2', '--eval_interval=2', '--out_dir=often')
     train(folder, '--max_iters=5', '--dropout=0.2', '--eval_interval=100', '--eval_iters=1', '--out_dir=rarely')
-    assert_same_bits(saved(folder, 'often', 6)[0], saved(folder, 'rarely', 6)[0])
+    np.testing.assert_equal(saved(folder, 'often', 6)[0], saved(folder, 'rarely', 6)[0])
 
 
 def test_eval_only_evaluates_once_and_writes_nothing(folder):
@@ -176,6 +159,20 @@ def test_devices_that_rows_do_not_divide_are_left_out(folder):
     (['--device=mps'], ['mps', '--device=cpu']),
     (['--device=tpu'], ["'tpu'", '--device=auto']),
     (['--init_from=resume', '--out_dir=absent'], ['absent does not exist']),
+    (['--batch_size=0'], ['batch_size is 0', 'at least 1']),
+    (['--gradient_accumulation_steps=-1'], ['gradient_accumulation_steps is -1']),
+    (['--eval_interval=0'], ['eval_interval is 0']),
+    (['--log_interval=0'], ['log_interval is 0']),
+    (['--eval_iters=0'], ['eval_iters is 0']),
+    (['--max_iters=-1'], ['max_iters is -1']),
+    (['--learning_rate=-1.0'], ['learning_rate is -1.0']),
+    (['--learning_rate=1e400'], ['learning_rate is inf']),
+    (['--beta2=1.0'], ['beta2 is 1.0', 'below 1']),
+    (['--seed=-1'], ['seed is -1']),
+    (['--n_head=0'], ['n_head is 0']),
+    (['--n_layer=-2'], ['n_layer is -2']),
+    (['--block_size=0'], ['block_size is 0']),
+    (['--out_dir=data/tiny/train.bin'], ['cannot write to data/tiny/train.bin', '--out_dir']),
     (['--init_from=scrach'], ["'scrach'", 'scratch', 'resume', 'gpt2-xl']),
 ])
 def test_a_mistake_is_one_line(folder, args, words):
@@ -184,4 +181,31 @@ def test_a_mistake_is_one_line(folder, args, words):
     assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith('error: '), result.stderr
     for word in words:
         assert word in result.stderr
-    assert not (folder / 'absent').exists()
+    assert not (folder / 'absent').exists() and not (folder / 'out_jax').exists()
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'', ['val.bin has 0 bytes', '17']),
+    (b'\0' * 101, ['val.bin has 101 bytes', 'two bytes each']),
+    (b'\0\0' * 99 + b'\x14\0', ['val.bin holds the token id 20', 'ends at 19']),
+])
+def test_unusable_data_is_one_line(folder, content, words):
+    (folder / 'data' / 'tiny' / 'val.bin').write_bytes(content)
+    result = run(folder, 'train_jax.py', *TINY)
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert not (folder / 'out_jax').exists()
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'no pickle', ['meta.pkl', 'prepare.py']),
+    (b'cos\nsystem\n(S"touch executed"\ntR.', ['os.system', 'only plain Python data']),
+])
+def test_a_meta_file_that_is_no_plain_data_is_refused(folder, content, words):
+    (folder / 'data' / 'tiny' / 'meta.pkl').write_bytes(content)
+    result = run(folder, 'train_jax.py', *TINY)
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert not (folder / 'executed').exists()
