@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from jax_train_utils import (
-    compute_dtype, create_optimizer, get_train_batch, init_train_state, make_mesh, make_train_step, peak_flops,
-    report_user_error, select_devices, shard_batch, split_model,
+    check_settings, check_tokens, compute_dtype, create_optimizer, get_train_batch, init_train_state, make_mesh,
+    make_train_step, open_tokens, peak_flops, report_user_error, select_devices, shard_batch, split_model,
 )
 from jax_transformer import GPTConfig
 
@@ -39,6 +39,7 @@ config, given = configure(globals()) # overrides from the command line and confi
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 if 'compile' in given:
     print('--compile has no counterpart here and is ignored: XLA always compiles')
+check_settings(config)
 devices = select_devices(device)[:1]
 compute_type = compute_dtype(dtype, devices)
 mesh = make_mesh(devices)
@@ -47,9 +48,13 @@ gptconf = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_laye
 print(f'platform: {devices[0].platform} ({devices[0].device_kind}), computing in {compute_type}')
 
 # data
+data_dir = os.path.join('data', dataset)
+if real_data:
+    open_tokens(data_dir, 'train', block_size)
+    check_tokens(data_dir, vocab_size, splits=('train',))
 def get_batch(iter_num):
     if real_data:
-        return get_train_batch(mesh, os.path.join('data', dataset), batch_size, 1, block_size, seed, iter_num)
+        return get_train_batch(mesh, data_dir, batch_size, 1, block_size, seed, iter_num)
     return fixed_batch
 tokens = np.random.default_rng(seed).integers(vocab_size, size=(2, 1, batch_size, block_size), dtype=np.int32)
 fixed_batch = shard_batch(mesh, *tokens) # x, y: (1, batch_size, block_size)

@@ -62,7 +62,10 @@ def run_config_file(path, script, defaults):
     known = defaults.keys() | settings_of_all_scripts()
     for key in sorted(assigned):
         if key in defaults:
-            script[key] = checked(key, script[key], script[key], defaults[key])
+            value = script[key]
+            if type(defaults[key]) is int and type(value) is float and value.is_integer():
+                value = int(value)  # max_iters = 5e3 works in nanoGPT's config files
+            script[key] = checked(key, value, value, defaults[key])
         elif key not in known and not key.startswith('_') and type(script.get(key)) in PLAIN:
             close = difflib.get_close_matches(key, known, 1)
             print(f'WARNING: {path} sets {key}, which no script knows' + (f'; did you mean {close[0]}?' if close else ''))
@@ -72,7 +75,7 @@ def run_config_file(path, script, defaults):
 def parse(text):
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text  # a plain string needs no quotes
 
 

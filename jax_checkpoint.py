@@ -14,7 +14,7 @@ import time
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from jax_train_utils import create_train_state, replicated
 from jax_transformer import GPT, UserError
@@ -23,6 +23,7 @@ from jax_transformer import GPT, UserError
 logging.getLogger('absl').setLevel(logging.CRITICAL)
 
 CHECKSUMS = 'checksums.json'
+VAL_LOSS = 'val_loss.json'
 
 
 def checksums_of(folder):
@@ -72,6 +73,16 @@ class Manager(ocp.CheckpointManager):
         return False
 
 
+class KeepLatestAndBest(PreservationPolicy):
+
+    def __init__(self, find_best):
+        self.find_best = find_best
+
+    def should_preserve(self, checkpoints, *, context):
+        keep = {max(c.step for c in checkpoints), self.find_best()}
+        return [c.step in keep for c in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of a run, the latest and the best of which are kept.
 
@@ -80,19 +91,15 @@ class Checkpoints:
     """
 
     def __init__(self, out_dir, read_only=False):
-        def val_loss(metrics):
-            return metrics['val_loss']
         if read_only and not os.path.isdir(out_dir):
             raise UserError(f'{out_dir} does not exist, so there is no checkpoint: train first, or give another --out_dir')
         self.out_dir = out_dir
         self.blocked, self.saves = 0.0, 0  # seconds that save() took, and how often it was called
-        # max_to_keep with best_fn would delete the latest when it is not among the best
-        keep = AnyPreservationPolicy([
-            LatestN(1), BestN(get_metric_fn=val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)])
+        self.val_losses = {step: self._read_val_loss(step) for step in self.steps()}
         sys.unraisablehook = hide_closed_loop
         try:
             self.manager = Manager(os.path.abspath(out_dir), options=ocp.CheckpointManagerOptions(
-                best_fn=val_loss, best_mode='min', preservation_policy=keep, read_only=read_only,
+                preservation_policy=KeepLatestAndBest(self.best), read_only=read_only,
                 cleanup_tmp_directories=not read_only,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)))
             if not read_only and not os.access(out_dir, os.W_OK | os.X_OK):
@@ -109,12 +116,30 @@ class Checkpoints:
                 sums = checksums_of(entry.path)
                 with open(os.path.join(entry.path, CHECKSUMS), 'w', encoding='utf-8') as f:
                     json.dump(sums, f, indent=1)
+                self._write_val_loss(entry.path, int(entry.name.split('.')[0]))
+
+    def _write_val_loss(self, folder, step):
+        if self.val_losses[step] is not None:
+            with open(os.path.join(folder, VAL_LOSS), 'w', encoding='utf-8') as f:
+                json.dump(self.val_losses[step], f)
+
+    def _read_val_loss(self, step):
+        try:
+            with open(os.path.join(self.folder(step), VAL_LOSS), encoding='utf-8') as f:
+                return float(json.load(f))
+        except (OSError, ValueError, TypeError):
+            return None  # not evaluated at that iteration, or damaged: then it is not the best
 
     def steps(self):
         return steps_on_disk(self.out_dir)
 
     def folder(self, step):
-        return os.path.join(self.manager.directory, str(step))
+        return os.path.join(self.out_dir, str(step))
+
+    def best(self):
+        """The iteration with the lowest validation loss, or None where none was evaluated."""
+        evaluated = [step for step, val_loss in self.val_losses.items() if val_loss is not None]
+        return min(evaluated, key=self.val_losses.get, default=None)
 
     # -------------------------------------------------------------------------
     # writing
@@ -127,19 +152,24 @@ class Checkpoints:
         has failed, and where a later checkpoint is in the way.
         """
         self.check()
-        t0 = time.time()
+        t0, self.val_losses[iter_num] = time.time(), val_loss
         meta = dict(iter_num=iter_num, best_val_loss=best_val_loss, model_args=model_args, config=config, chars=chars)
         params, optimizer = split_items(state)
         try:
             items = ocp.args.Composite(params=ocp.args.StandardSave(params), optimizer=ocp.args.StandardSave(optimizer),
                                        meta=ocp.args.JsonSave(meta))
-            saved = self.manager.save(iter_num, args=items, metrics=None if val_loss is None else {'val_loss': val_loss})
+            saved = self.manager.save(iter_num, args=items)
         except Exception as e:  # what the file system refuses reaches us as many types
             raise self._failed(e) from e
         self.blocked, self.saves = self.blocked + time.time() - t0, self.saves + 1
         if not saved:
             raise UserError(f'{self.out_dir} holds checkpoint {self.steps()[-1]} already, so {iter_num} was not saved: '
                             'choose another --out_dir')
+
+    def evaluated(self, step, val_loss):
+        """Make a checkpoint that was saved without a validation loss a candidate for the best."""
+        self.val_losses[step] = val_loss
+        self._write_val_loss(self.folder(step), step)
 
     def check(self):
         """Raise UserError if a save in the background has failed."""
@@ -170,6 +200,7 @@ class Checkpoints:
         """Rename checkpoints past `step` to damaged-<iter_num>-<time>: orbax saves none at or below one that is there."""
         for later in [s for s in self.steps() if s > step]:
             os.replace(self.folder(later), os.path.join(self.out_dir, f'damaged-{later}-{time.time_ns()}'))
+            del self.val_losses[later]
         self.manager.reload()
 
     # -------------------------------------------------------------------------
@@ -187,17 +218,20 @@ class Checkpoints:
     def find(self, which='auto'):
         """The iteration that `which` names: latest, best, a number, or auto, which is the best where the run kept
         improvements only (as nanoGPT's single file would be), else the latest. Raises UserError for one that is
-        not there or damaged; latest and auto fall back to an older one."""
-        if which == 'auto':
+        not there or damaged; latest and auto fall back to the newest that is whole."""
+        if which in ('auto', 'latest'):
             latest = self.newest_whole()
-            which = 'latest' if self.meta(latest)['config']['always_save_checkpoint'] else 'best'
-        best = self.manager.best_step()
-        if which in ('latest', 'best') and (which == 'latest' or best is None):
-            return self.newest_whole()  # before the first evaluation that counts there is no best
-        if which != 'best' and not (which.isdecimal() and int(which) in self.steps()):
+            if which == 'latest' or self.meta(latest)['config']['always_save_checkpoint'] or self.best() is None:
+                return latest
+        if which not in ('auto', 'best') and not (which.isdecimal() and int(which) in self.steps()):
             raise UserError(f'no checkpoint {which!r} in {self.out_dir}: give auto, latest, best, or one of {self.steps()}')
-        step = best if which == 'best' else int(which)
+        if which == 'best' and self.best() is None:
+            raise UserError(f'no checkpoint in {self.out_dir} was evaluated yet, so none is the best; use --which=latest')
+        step = int(which) if which.isdecimal() else self.best()
         damage = find_damage(self.folder(step))
+        if damage and which == 'auto':
+            print(f'WARNING: checkpoint {self.folder(step)} is damaged and not used: {damage}')
+            return latest
         if damage:
             raise UserError(f'checkpoint {self.folder(step)} is damaged: {damage}; try --which=latest')
         return step

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_transformer import GPT, UserError
+from jax_transformer import GPT, GPTConfig, UserError, optional_import
 
 
 def report_user_error(kind, error, traceback):
@@ -27,6 +27,14 @@ def report_user_error(kind, error, traceback):
         print(f'error: {error}', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+def print_or_go_on(*args):
+    """print, but a reader that is gone (tee dies of the same Ctrl-C) does not end the run: it goes on unheard."""
+    try:
+        print(*args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # -----------------------------------------------------------------------------
@@ -56,8 +64,8 @@ def decay_mask(params):
 
 def decay_groups(params):
     """(decayed tensors, the others), as lists."""
-    leaves = jax.tree.leaves(params)
-    return [p for p in leaves if p.ndim >= 2], [p for p in leaves if p.ndim < 2]
+    tensors = list(zip(jax.tree.leaves(params), jax.tree.leaves(decay_mask(params))))
+    return [p for p, decayed in tensors if decayed], [p for p, decayed in tensors if not decayed]
 
 
 def create_optimizer(schedule, weight_decay, betas, grad_clip):
@@ -119,14 +127,14 @@ def largest_token(path):
     return largest
 
 
-def check_tokens(data_dir, vocab_size):
+def check_tokens(data_dir, vocab_size, splits=('train', 'val')):
     """Raise UserError if a split holds a token id that the model has no embedding for."""
-    for split in ('train', 'val'):
+    for split in splits:
         path = os.path.join(data_dir, f'{split}.bin')
         largest = largest_token(path)
         if largest >= vocab_size:
             raise UserError(f"{path} holds the token id {largest}, the model's vocabulary ends at {vocab_size - 1}: "
-                            f'prepare the data again, or train a model with its vocabulary')
+                            'prepare the data again, or train a model with its vocabulary')
 
 
 def get_batch(data_dir, split, n_rows, block_size, seed, iter_num, purpose=TRAIN):
@@ -152,9 +160,8 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_meta(data_dir):
-    """(vocab_size, chars) of a data set's meta.pkl, chars being the characters in the order of their ids.
-
-    (None, None) where there is no such file: the ids are GPT-2's BPE. Raises UserError for one that cannot be used.
+    """(vocab_size, chars) of a data set's meta.pkl, chars being the characters in the order of their ids, as far as it
+    names them; (None, None) where there is no such file: the ids are GPT-2's BPE. Raises UserError for one of no use.
     """
     path = os.path.join(data_dir, 'meta.pkl')
     if not os.path.exists(path):
@@ -162,7 +169,8 @@ def load_meta(data_dir):
     try:
         with open(path, 'rb') as f:
             meta = PlainUnpickler(f).load()
-        return int(meta['vocab_size']), [meta['itos'][i] for i in range(meta['vocab_size'])]
+        itos = meta.get('itos', {})
+        return int(meta['vocab_size']), [itos[i] for i in range(len(itos))]
     except Exception as e:  # a damaged pickle can raise nearly anything
         raise UserError(f'cannot use {path} ({type(e).__name__}: {e}); make it again with the prepare.py beside it') from e
 
@@ -174,6 +182,8 @@ def create_codec(chars):
     """
     if chars is None:
         return _gpt2_codec()
+    if not chars:
+        raise UserError("the model's data set has no characters in its meta.pkl (itos), so text cannot be turned into tokens")
     ids = {c: i for i, c in enumerate(chars)}
 
     def encode(text):
@@ -199,12 +209,12 @@ def read_prompt(start):
 
 
 def _gpt2_codec():
+    tiktoken = optional_import('tiktoken')
     try:
-        import tiktoken
         enc = tiktoken.get_encoding('gpt2')
-    except Exception as e:  # not installed, or its files neither cached nor reachable: many types
-        raise UserError(f'the GPT-2 tokenizer cannot be loaded ({type(e).__name__}): pip install tiktoken, and let it '
-                        'download its files once, or point TIKTOKEN_CACHE_DIR to a folder that has them') from e
+    except Exception as e:  # its files are neither cached nor reachable: many types
+        raise UserError(f'the GPT-2 tokenizer is neither cached nor reachable ({type(e).__name__}): let it download its '
+                        'files once, or set TIKTOKEN_CACHE_DIR to a folder that has them') from e
     n = enc.n_vocab  # a model's vocabulary may be padded past it
     return (lambda text: enc.encode(text, allowed_special={'<|endoftext|>'}),
             lambda tokens: enc.decode([t for t in tokens if t < n]))
@@ -216,7 +226,7 @@ def _gpt2_codec():
 # bf16 dense peaks in FLOP/s, from the makers' data sheets; the first name found in the device's own counts
 PEAK_FLOPS = {
     'h100 nvl': 835e12, 'h100 pcie': 756.5e12, 'h100': 989.5e12, 'h200 nvl': 836e12, 'h200': 989.5e12,
-    'a100': 312e12, 'l4': 121e12, 'rtx 4090': 165.2e12,
+    'a100': 312e12, 'l40s': 362e12, 'l40': 181e12, 'l4': 121e12, 'rtx 4090': 165.2e12,
     'tpu v4': 275e12, 'tpu v5 lite': 197e12, 'tpu v5e': 197e12, 'tpu v5p': 459e12, 'tpu v5': 459e12,
     'tpu v6 lite': 918e12, 'tpu v6e': 918e12,
 }
@@ -245,9 +255,9 @@ def select_devices(device='auto'):
         jax.config.update('jax_platforms', 'cpu')  # leaves a GPU to others
     try:
         devices = jax.devices(None if platform == 'auto' else platform)
-    except RuntimeError as e:
-        raise UserError(f'device {device!r} was asked for, but JAX sees only {jax.default_backend()}; '
-                        'use --device=auto, or install the JAX for that device (see requirements_jax.txt)') from e
+    except (RuntimeError, AssertionError) as e:  # an assertion where JAX_PLATFORMS names what is not there
+        raise UserError(f'device {device!r} was asked for, but JAX has none ({" ".join(str(e).split()) or "see JAX_PLATFORMS"}); '
+                        'use --device=cpu, or install the JAX for that device (see requirements_jax.txt)') from e
     if index:
         if int(index) >= len(devices):
             raise UserError(f'device {device!r} was asked for, but there are only {len(devices)}, counted from 0')
@@ -260,6 +270,7 @@ def select_devices(device='auto'):
 
 def compute_dtype(dtype, devices):
     """The compute type that `dtype` comes to on these devices: float32 on a CPU, as in nanoGPT."""
+    GPTConfig(dtype=dtype)  # refuses a type that there is not
     return 'float32' if devices[0].platform == 'cpu' else dtype
 
 
@@ -406,16 +417,16 @@ def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, blo
 # what a run is refused and stopped by
 
 def check_settings(config):
-    """Raise UserError for numbers that no run can be made of."""
+    """Raise UserError for numbers that no run can be made of, among the settings that config has."""
     at_least = dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1, block_size=1,
                     seed=0, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0, min_lr=0, weight_decay=0,
                     grad_clip=0, beta1=0, beta2=0)
-    for name, least in at_least.items():
+    for name, least in ((name, least) for name, least in at_least.items() if name in config):
         if not least <= config[name] < math.inf:
             raise UserError(f'{name} is {config[name]}; it must be at least {least}')
-    for name in ('beta1', 'beta2'):
-        if config[name] >= 1:
-            raise UserError(f'{name} is {config[name]}; it must be below 1')
+    for name, bound in (('beta1', 1), ('beta2', 1), ('seed', 2 ** 32)):
+        if config.get(name, 0) >= bound:
+            raise UserError(f'{name} is {config[name]}; it must be below {bound}')
 
 
 class StopRequest:

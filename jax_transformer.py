@@ -6,6 +6,7 @@ the same order. Modules hold parameters and the forward pass; training lives in
 jax_train_utils.py and train_jax.py.
 """
 
+import importlib
 import json
 import math
 import os
@@ -20,6 +21,14 @@ from flax import nnx
 
 class UserError(ValueError):
     """Something that the user can mend; the scripts print it as one line, without a traceback."""
+
+
+def optional_import(name):
+    """A module that only some commands need. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f'this needs the package {name.split(".")[0]}: pip install {name.split(".")[0]}') from e
 
 
 # -----------------------------------------------------------------------------
@@ -48,6 +57,9 @@ class GPTConfig:
             raise UserError(f'dropout is {self.dropout}; it must be at least 0 and below 1')
         if self.dtype not in ('float32', 'bfloat16', 'float16'):
             raise UserError(f'dtype is {self.dtype!r}; it must be float32, bfloat16 or float16')
+
+
+GPT_ARGS = tuple(f.name for f in fields(GPTConfig) if f.name != 'dtype')  # nanoGPT's model_args
 
 
 # -----------------------------------------------------------------------------
@@ -343,10 +355,10 @@ def _pretrained_folder(model_type_or_path):
     if model_type_or_path not in HF_MODELS:
         raise UserError(f'no pretrained model {model_type_or_path!r}: give one of {", ".join(HF_MODELS)}, '
                         'or a folder with config.json and model.safetensors')
-    from huggingface_hub import snapshot_download
+    hub = optional_import('huggingface_hub')
     try:
-        return snapshot_download(f'openai-community/{model_type_or_path}',
-                                 allow_patterns=['config.json', 'model.safetensors'])
+        return hub.snapshot_download(f'openai-community/{model_type_or_path}',
+                                     allow_patterns=['config.json', 'model.safetensors'])
     except Exception as e:  # the hub's client raises a dozen types: no network, no such file, not cached
         raise UserError(f'could not get {model_type_or_path} from the Hugging Face hub ({type(e).__name__}): check the '
                         'network, or give a local folder with config.json and model.safetensors') from e
@@ -370,12 +382,11 @@ def _read_hf_config(folder):
 def _read_hf_weights(folder):
     """Weights under nanoGPT's names. The hub's files lack the transformer. prefix and hold mask buffers;
     their Conv1D layers are (in, out), nanoGPT's Linear is (out, in)."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    safetensors = optional_import('safetensors.numpy')
     path = os.path.join(folder, 'model.safetensors')
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as e:
+        tensors = safetensors.load_file(path)
+    except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f'cannot read weights from {path}: {e}') from e
     conv1d = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
     weights = {}
@@ -386,6 +397,3 @@ def _read_hf_weights(folder):
             name = 'transformer.' + name
         weights[name] = w.T if name.endswith(conv1d) else w
     return weights
-
-
-GPT_ARGS = tuple(f.name for f in fields(GPTConfig) if f.name != 'dtype')  # nanoGPT's model_args

@@ -33,6 +33,7 @@ config, given = configure(globals()) # overrides from the command line and confi
 # -----------------------------------------------------------------------------
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
+sys.stdout.reconfigure(errors='replace') # a terminal that lacks a character gets ? for it
 if num_samples < 1:
     raise UserError(f'num_samples is {num_samples}; it must be at least 1')
 if 'compile' in given:

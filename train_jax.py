@@ -23,9 +23,9 @@ from jax_train_utils import (
     StopRequest, check_settings, check_tokens, compute_dtype, create_learning_rate_schedule,
     create_optimizer, crop_state, decay_groups, estimate_loss, find_non_finite, get_train_batch, init_train_state, load_meta,
     make_eval_step, make_mesh, make_train_step, merge_resumed_config, open_tokens, peak_flops, place_train_state,
-    report_user_error, select_devices, share_rows, split_model,
+    print_or_go_on as print, report_user_error, select_devices, share_rows, split_model,
 )
-from jax_transformer import GPT, GPT_ARGS, GPTConfig, UserError
+from jax_transformer import GPT, GPT_ARGS, GPTConfig, UserError, optional_import
 
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 (124M) on OpenWebText
@@ -97,6 +97,9 @@ if init_from == 'resume':
     globals().update(config)
     if differs:
         print(f'differs from the checkpoint: {differs}')
+    if iter_num > max_iters and not eval_only:
+        print(f'nothing left to train: {out_dir} is at iteration {iter_num}, past max_iters={max_iters}')
+        sys.exit(0)
 check_settings(config)
 if init_from != 'resume' and not eval_only and steps_on_disk(out_dir):
     raise UserError(f'{out_dir} holds checkpoints of another run (iteration {steps_on_disk(out_dir)[-1]}): go on with it '
@@ -120,6 +123,9 @@ for split in ('train', 'val'):
 meta_vocab_size, meta_chars = load_meta(data_dir)
 if meta_vocab_size is not None:
     print(f"found vocab_size = {meta_vocab_size} (inside {os.path.join(data_dir, 'meta.pkl')})")
+    if chars and chars != meta_chars:
+        raise UserError(f'{out_dir} was trained on other characters than those of {data_dir}: resume it with --dataset set to '
+                        'its own data, or prepare that again as it was')
     chars = meta_chars
 
 # model and optimizer, as one training state on the devices
@@ -160,8 +166,10 @@ train_step = make_train_step(train_graphdef, tx, seed, scale_loss=compute_type =
 eval_step = make_eval_step(eval_graphdef)
 peak, peak_of = peak_flops(devices[0])
 print(f'mfu is counted against {n_devices} x {peak / 1e12:g} TFLOP/s, the bfloat16 peak of {peak_of}')
+if eval_only and 'wandb_log' not in given:
+    wandb_log = False # evaluating a checkpoint is not a run of its own
 if wandb_log:
-    import wandb
+    wandb = optional_import('wandb')
     wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 
 # where checkpoints go; opened this late so that a mistake above leaves no folder behind
@@ -205,9 +213,11 @@ while (iter_num <= max_iters or eval_only) and not stop.reached(iter_num) and no
         if problem:
             break
         improved = losses['val'] < best_val_loss
-        if (improved or always_save_checkpoint) and not (init_from == 'resume' and iter_num == start_iter): # is on disk
+        if improved or always_save_checkpoint:
             best_val_loss = min(losses['val'], best_val_loss)
-            if iter_num > 0:
+            if init_from == 'resume' and iter_num == start_iter: # the checkpoint is there, maybe without this loss
+                checkpoints.evaluated(iter_num, losses['val'])
+            elif iter_num > 0:
                 print(f'saving checkpoint to {out_dir}')
                 checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars, losses['val'])
         t0 = time.time()
@@ -240,10 +250,8 @@ if not eval_only:
     if problem:
         raise UserError(f'{problem}; {checkpoints.what_is_whole()}. Try a smaller --learning_rate, a larger --warmup_iters, '
                         'a --grad_clip of 1.0, or --dtype=float32')
-    if stop.signum:
+    if stop.signum and checkpoints.steps():
         print(f'stopped by {stop.signum.name} before iteration {iter_num}; '
               f'go on with: python train_jax.py --init_from=resume --out_dir={out_dir}')
-    elif iter_num == start_iter:
-        print(f'nothing left to train: {out_dir} is at iteration {iter_num}, past max_iters={max_iters}')
     print(f'training waited {checkpoints.blocked:.2f} s for {checkpoints.saves} checkpoints')
 sys.exit(stop.exit_code)

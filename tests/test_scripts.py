@@ -74,6 +74,30 @@ def test_a_mistake_is_one_line(trained, args, words):
         assert word in result.stderr
 
 
+def test_a_tokenizer_out_of_reach_is_one_line(folder):
+    from flax import nnx
+    from test_weights import write_hf
+
+    from jax_transformer import GPT, GPTConfig, export_torch_weights
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32), rngs=nnx.Rngs(0))
+    write_hf(folder / 'hf', export_torch_weights(model))
+    unreachable = {name: 'http://127.0.0.1:9' for name in ('https_proxy', 'HTTPS_PROXY')}
+    unreachable['TIKTOKEN_CACHE_DIR'] = str(folder / 'empty')
+    result = run(folder, 'sample_jax.py', '--device=cpu', '--init_from=hf', **unreachable)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and 'TIKTOKEN_CACHE_DIR' in result.stderr
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--batch_size=0'], ['batch_size is 0']), (['--seed=-1'], ['seed is -1']), (['--dataset=absent'], ['absent/prepare.py']),
+    (['--vocab_size=5'], ['token id 19', 'ends at 4']),
+])
+def test_a_mistake_in_a_benchmark_is_one_line(folder, args, words):
+    result = run(folder, 'bench_jax.py', *SMALL, *args)
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
 SMALL = [a for a in TINY if a.split('=')[0] not in
          ('--gradient_accumulation_steps', '--eval_iters', '--eval_interval', '--warmup_iters', '--lr_decay_iters',
           '--learning_rate', '--min_lr')] + ['--vocab_size=20']

@@ -72,6 +72,28 @@ def test_a_preemption_notice_under_jax_distributed_saves_too(folder):
     assert Checkpoints(folder / 'out_jax', read_only=True).newest_whole() == int(last)
 
 
+def test_a_log_reader_that_dies_of_the_same_ctrl_c_costs_nothing(folder):
+    script = ' '.join(TRAIN + TINY) + ' --max_iters=100000 | tee train.log'
+    process = subprocess.Popen(['bash', '-c', script], cwd=folder, start_new_session=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | CACHE)
+    while not process.stdout.readline().startswith('iter '):
+        pass
+    os.killpg(process.pid, signal.SIGINT)
+    assert 'Traceback' not in process.communicate(timeout=60)[1]  # returns when the last of the pipeline has ended
+    last = ITER.findall((folder / 'train.log').read_text())[-1][0]
+    assert Checkpoints(folder / 'out_jax', read_only=True).newest_whole() > int(last)
+
+
+def test_a_stop_before_the_first_step_promises_no_checkpoint(folder):
+    process = subprocess.Popen([*TRAIN, *TINY], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith('mfu is counted'):
+        pass
+    time.sleep(0.5)  # it compiles now
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert 'iter 0' not in out and 'go on with' not in out and not err and os.listdir(folder / 'out_jax') == []
+
+
 def test_a_second_signal_stops_at_once(folder):
     code = 'import time\nfrom jax_train_utils import StopRequest\nstop = StopRequest()\nprint("ready", flush=True)\n' \
            'while True:\n    time.sleep(0.01)\n    if stop.signum: print("asked", flush=True)'
@@ -175,6 +197,22 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint_and_says_so(two_checkp
     assert [i[0] for i in ITER.findall(result.stdout)] == ['4', '5', '6', '7']
     names = os.listdir(folder / 'out_jax')
     assert '8' in names and any(name.startswith('damaged-6') for name in names)  # set aside, not deleted
+
+
+@pytest.mark.parametrize('step', ['4', '6'])
+def test_any_damaged_file_leaves_the_rest_of_a_run_usable(two_checkpoints, tmp_path, step):
+    rng = random.Random(2)
+    for root, _, names in os.walk(two_checkpoints / 'out_jax' / step):
+        for name in names:
+            copy = shutil.copytree(two_checkpoints / 'out_jax', tmp_path / 'copy')
+            path = copy / os.path.relpath(os.path.join(root, name), two_checkpoints / 'out_jax')
+            path.write_bytes(rng.choice([b'', b'{}', path.read_bytes()[:-1]]))
+            checkpoints = Checkpoints(copy, read_only=True)
+            for which in ('auto', 'latest'):
+                found = checkpoints.find(which)
+                assert found in (4, 6) and find_damage(checkpoints.folder(found)) is None
+                assert checkpoints.meta(found)['iter_num'] == found
+            shutil.rmtree(copy)
 
 
 def test_with_nothing_whole_left_it_stops_with_one_line(two_checkpoints, tmp_path):
