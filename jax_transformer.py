@@ -382,11 +382,11 @@ def _read_hf_config(folder):
 def _read_hf_weights(folder):
     """Weights under nanoGPT's names. The hub's files lack the transformer. prefix and hold mask buffers;
     their Conv1D layers are (in, out), nanoGPT's Linear is (out, in)."""
-    safetensors = optional_import('safetensors.numpy')
+    load_file = optional_import('safetensors.numpy').load_file
     path = os.path.join(folder, 'model.safetensors')
     try:
-        tensors = safetensors.load_file(path)
-    except (OSError, safetensors.SafetensorError) as e:
+        tensors = load_file(path)
+    except (OSError, optional_import('safetensors').SafetensorError) as e:
         raise UserError(f'cannot read weights from {path}: {e}') from e
     conv1d = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
     weights = {}

@@ -481,6 +481,16 @@ def test_compute_types_agree_within_their_precision():
 
 
 @area('dtypes')
+def test_norms_softmax_and_loss_are_float32_in_every_compute_type():
+    graphdef, params = nnx.split(tiny(dtype='bfloat16'), nnx.Param)
+    program = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x, x)[1]).lower(params, tokens(2, 16)).as_text()
+    for operation in ('exponential', 'rsqrt', 'log', 'reduce'):  # softmax and loss; norms; loss; all of them
+        lines = [line for line in program.splitlines() if f'stablehlo.{operation}' in line]
+        assert lines and not any('bf16' in line for line in lines), operation
+    assert 'bf16' in program  # the products are
+
+
+@area('dtypes')
 def test_every_compute_type_learns():
     x, y = tokens(1, 8, 16), tokens(1, 8, 16, seed=1)
     curves = {}
