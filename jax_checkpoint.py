@@ -111,6 +111,8 @@ class Checkpoints:
 
     def _write_checksums(self):
         # orbax calls this in its background thread when all files are written, before they are renamed into place
+        if jax.process_index() != 0:
+            return
         for entry in os.scandir(self.manager.directory):
             if '.orbax-checkpoint-tmp' in entry.name:
                 sums = checksums_of(entry.path)

@@ -534,6 +534,15 @@ def test_the_loss_scale_doubles_after_2000_good_steps():
 
 
 @area('dtypes')
+def test_a_skipped_float16_step_is_no_problem_and_any_other_non_finite_number_is():
+    overflow = {'loss': jnp.float32(np.nan), 'grad_norm': jnp.float32(np.inf)}
+    assert utils.find_non_finite(7, {'loss': jnp.float32(1.0), 'grad_norm': jnp.float32(2.0)}) is None
+    assert 'loss is nan and grad_norm is inf at iteration 7' in utils.find_non_finite(7, overflow)
+    assert utils.find_non_finite(7, overflow | {'loss_scale': jnp.float32(1024)}) is None
+    assert 'iteration 7' in utils.find_non_finite(7, overflow | {'loss_scale': jnp.float32(0.5)})  # halving did not help
+
+
+@area('dtypes')
 def test_loss_scaling_does_not_change_the_gradient():
     x = tokens(1, 8, 16)
     norms = []

@@ -243,7 +243,7 @@ while (iter_num <= max_iters or eval_only) and not stop.reached(iter_num) and no
 # the last iteration is kept too, and saving in the background is waited for
 if not eval_only:
     if iter_num > start_iter and not problem:
-        problem = find_non_finite(iter_num, {'norm of the weights': optax.tree.norm(state['params'])})
+        problem = find_non_finite(iter_num, {'norm of the weights': jax.jit(optax.tree.norm)(state['params'])})
     if iter_num > start_iter and not problem:
         checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars)
     checkpoints.close()

@@ -59,17 +59,23 @@ def test_a_stopped_run_is_saved_and_ends_as_if_never_stopped(folder, signum, cod
     np.testing.assert_equal(state, saved(folder, 'whole', last + 6)[0])
 
 
-def test_a_preemption_notice_under_jax_distributed_saves_too(folder):
-    code = 'import jax, runpy\njax.distributed.initialize("localhost:{}", 1, 0)\nrunpy.run_path({!r}, run_name="__main__")'
+@pytest.mark.parametrize('processes', [1, 2])
+def test_processes_under_jax_distributed_agree_on_the_step_to_stop_at(folder, processes):
+    code = 'import jax, runpy\njax.distributed.initialize("localhost:{}", {}, {})\nrunpy.run_path({!r}, run_name="__main__")'
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = s.getsockname()[1]
-    process = start(folder, *TINY, '--max_iters=100000', command=[sys.executable, '-c', code.format(port, TRAIN[1])])
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    last = re.search(r'stopped by SIGTERM before iteration (\d+)', out)[1]
-    assert Checkpoints(folder / 'out_jax', read_only=True).newest_whole() == int(last)
+    started = [subprocess.Popen(
+        [sys.executable, '-c', code.format(port, processes, i, TRAIN[1]), *TINY, '--max_iters=100000', '--log_interval=50'],
+        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | CACHE | {'PYTHONPATH': ROOT})
+        for i in range(processes)]
+    while not started[0].stdout.readline().startswith('iter '):
+        assert started[0].poll() is None, started[0].communicate()
+    started[-1].send_signal(signal.SIGTERM)  # the notice reaches one of them
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * processes, outputs
+    last = {re.search(r'stopped by SIGTERM before iteration (\d+)', out)[1] for out, _ in outputs}
+    assert last == {str(Checkpoints(folder / 'out_jax', read_only=True).newest_whole())}
 
 
 def test_a_log_reader_that_dies_of_the_same_ctrl_c_costs_nothing(folder):
