@@ -94,19 +94,19 @@ def test_wandb_logs_offline(folder):
 
 @pytest.mark.parametrize('stop, always', [(7, True), (6, False)])
 def test_a_resumed_run_ends_with_the_same_bits(folder, stop, always):
-    # stopped between evaluations, and just before one; a learning rate that is too large later makes an early best
+    # stopped between evaluations, and just before one, whose result, the best of the run, belongs to its checkpoint
     args = ['--dropout=0.2', f'--always_save_checkpoint={always}', '--eval_interval=3', '--learning_rate=0.1', '--min_lr=0.1']
-    whole = train(folder, *args, '--max_iters=11', '--out_dir=whole')
+    whole = train(folder, *args, '--max_iters=8', '--out_dir=whole')
     first = train(folder, *args, f'--max_iters={stop - 1}', '--out_dir=parts')
     # nothing else is given: the settings come from the checkpoint
-    result = run(folder, 'train_jax.py', '--init_from=resume', '--out_dir=parts', '--device=cpu', '--max_iters=11')
+    result = run(folder, 'train_jax.py', '--init_from=resume', '--out_dir=parts', '--device=cpu', '--max_iters=8')
     assert result.returncode == 0, result.stderr
-    assert f'differs from the checkpoint: max_iters {stop - 1} -> 11\n' in result.stdout
+    assert f'differs from the checkpoint: max_iters {stop - 1} -> 8\n' in result.stdout
     losses = {**dict((i[0], i[1]) for i in ITER.findall(first)), **dict((i[0], i[1]) for i in ITER.findall(result.stdout))}
     assert losses == {i[0]: i[1] for i in ITER.findall(whole)}
-    assert [int(i[0]) for i in ITER.findall(result.stdout)] == list(range(stop, 12))  # none skipped, none repeated
-    state, meta = saved(folder, 'whole', 12)
-    again, meta_again = saved(folder, 'parts', 12)
+    assert [int(i[0]) for i in ITER.findall(result.stdout)] == list(range(stop, 9))  # none skipped, none repeated
+    state, meta = saved(folder, 'whole', 9)
+    again, meta_again = saved(folder, 'parts', 9)
     np.testing.assert_equal(state, again)
     assert meta['best_val_loss'] == meta_again['best_val_loss']
     assert sorted(os.listdir(folder / 'whole')) == sorted(os.listdir(folder / 'parts'))
