@@ -47,6 +47,8 @@ def find_damage(folder):
         return f'it has no {CHECKSUMS}, so it was never finished'
     except (OSError, ValueError) as e:
         return f'{type(e).__name__}: {e}'
+    if not (isinstance(wanted, dict) and wanted):
+        return f'{CHECKSUMS} names no files'
     wrong = sorted(path for path in wanted if found.get(path) != wanted[path])
     return f'{wrong[0]} is {"changed" if wrong[0] in found else "missing"}' if wrong else None
 

@@ -192,6 +192,13 @@ def test_every_flipped_bit_cut_and_removed_file_is_detected(two_checkpoints, tmp
         shutil.rmtree(copy)
 
 
+@pytest.mark.parametrize('content', ['', '{}', '[]', '3'])
+def test_checksums_that_name_nothing_vouch_for_nothing(two_checkpoints, tmp_path, content):
+    copy = shutil.copytree(two_checkpoints / 'out_jax' / '6', tmp_path / '6')
+    (copy / CHECKSUMS).write_text(content)
+    assert find_damage(copy) is not None
+
+
 def test_resume_falls_back_to_the_newest_whole_checkpoint_and_says_so(two_checkpoints, tmp_path):
     folder = shutil.copytree(two_checkpoints, tmp_path / 'copy')
     done = damage(folder / 'out_jax' / '6', random.Random(1))
