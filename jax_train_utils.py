@@ -3,12 +3,17 @@ What train_jax.py is made of: pure functions with explicit arguments.
 Schedule and optimizer, batches, devices and sharding, the jitted steps, what a run is stopped by.
 """
 
+import ctypes
+import hashlib
+import importlib.util
 import json
 import math
 import os
 import pickle
+import platform as machine
 import signal
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +30,9 @@ def report_user_error(kind, error, traceback):
     """sys.excepthook of the scripts: a UserError is one line, everything else keeps its traceback."""
     if issubclass(kind, UserError):
         print(f'error: {error}', file=sys.stderr)
+    elif 'RESOURCE_EXHAUSTED' in str(error):
+        print(f'error: out of memory ({str(error).splitlines()[0]}). To train in less: a smaller --batch_size with a larger '
+              '--gradient_accumulation_steps (the same tokens per iteration), or --remat=True', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -264,8 +272,69 @@ def select_devices(device='auto'):
         devices = [devices[int(index)]]
     if platform == 'auto' and devices[0].platform == 'cpu' and os.path.exists('/dev/nvidia0'):
         print('WARNING: this machine has an NVIDIA GPU, but JAX sees only the CPU; see requirements_jax.txt')
+    if devices[0].platform == 'cpu':
+        keep_freed_memory()
     jax.config.update('jax_default_device', devices[0])
     return devices
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next step, in place of handing it back to the kernel; nothing elsewhere."""
+    # a step's temporary memory comes from malloc, and above 32 MB it would be mapped, zeroed and unmapped at every step
+    if machine.libc_ver()[0] == 'glibc':
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        mallopt(-2, 2 ** 28)  # M_TOP_PAD: it grows by 256 MB at a time
+
+
+def enable_compilation_cache():
+    """Keep compiled programs for the next start, in the user's cache folder; JAX_COMPILATION_CACHE_DIR wins."""
+    # a damaged entry, or a full disk, costs a compilation and nothing else
+    warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
+    if jax.config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get('XDG_CACHE_HOME', '')
+    if not os.path.isabs(home):  # the XDG standard has relative ones ignored
+        home = os.path.join(os.path.expanduser('~'), '.cache')
+    folder = os.path.join(home, 'nanogpt-jax', cpu_key())
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        print(f'compiled programs are not kept for the next start: {e}')
+        return
+    jax.config.update('jax_compilation_cache_dir', folder)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    if importlib.util.find_spec('filelock'):  # which JAX needs to keep the folder small
+        jax.config.update('jax_compilation_cache_max_size', 2 ** 31)
+
+
+def cpu_key():
+    """A name for this kind of CPU: a program compiled for one may crash another, and home folders are shared."""
+    features = machine.machine() + machine.processor()
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            features += next(line for line in f if line.lower().startswith(('flags', 'features')))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a CPU of another kind
+    return hashlib.sha256(features.encode()).hexdigest()[:16]
+
+
+def attention_path(attention, compute_type, head_size, device):
+    """'cudnn' or 'xla': where the attention of a model is computed, 'auto' being the faster one that this device has.
+
+    cuDNN's kernel is there on NVIDIA GPUs from Ampere on, in 16 bits, for head sizes that are multiples of 8 up to 128.
+    Raises UserError for what is unknown, and for 'cudnn' elsewhere.
+    """
+    if attention not in ('auto', 'cudnn', 'xla'):
+        raise UserError(f'attention is {attention!r}; it must be auto, cudnn or xla')
+    fits = ('nvidia' in device.device_kind.lower() and float(device.compute_capability) >= 8 and compute_type != 'float32'
+            and head_size % 8 == 0 and head_size <= 128)
+    if attention == 'cudnn' and not fits:
+        raise UserError('cuDNN attention needs an NVIDIA GPU from Ampere on, bfloat16 or float16, and a head size that is a '
+                        f'multiple of 8 up to 128; here it is {device.device_kind}, {compute_type} and {head_size}: use '
+                        '--attention=xla or auto')
+    return 'cudnn' if fits and attention != 'xla' else 'xla'
 
 
 def compute_dtype(dtype, devices):
@@ -279,15 +348,21 @@ def make_mesh(devices):
     return jax.make_mesh((len(devices), 1), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def share_rows(n_rows, batch_size, n_devices):
+def micro_batch_rows(batch_size, block_size, n_embd, platform):
+    """The most rows that a device takes at a time: batch_size; on a CPU fewer, as many as its caches hold."""
+    # the widest activation, (rows, T, 4 n_embd) in float32, gets 4 MB
+    return min(batch_size, max(1, 2 ** 18 // (block_size * n_embd))) if platform == 'cpu' else batch_size
+
+
+def share_rows(n_rows, micro_rows, n_devices):
     """How a step's rows are shared: (devices used, micro-steps).
 
     Uses the largest number of devices that divides the rows; each takes an equal share, in the fewest
-    equal micro-batches of at most batch_size rows.
+    equal micro-batches of at most micro_rows rows.
     """
     used = max(n for n in range(1, n_devices + 1) if n_rows % n == 0)
     share = n_rows // used
-    return used, share // max(m for m in range(1, batch_size + 1) if share % m == 0)
+    return used, share // max(m for m in range(1, micro_rows + 1) if share % m == 0)
 
 
 def replicated(mesh):
@@ -390,27 +465,34 @@ def make_train_step(graphdef, tx, seed, scale_loss=False):
 
 
 def make_eval_step(graphdef):
-    """The jitted step(params, x, y) -> loss, float32, dropout off. x, y: int (rows, T); targets of -1 do not count."""
+    """The jitted step(params, x, y) -> (losses, counts), float32 and int (n,), dropout off: the mean loss of each of n
+    batches, and how many targets are in it. x, y: int (n, rows, T); targets of -1 do not count."""
     @jax.jit
     def eval_step(params, x, y):
-        _, loss = nnx.merge(graphdef, params)(x, y)
-        return loss
+        def batch_loss(_, batch):
+            x, y = batch
+            _, loss = nnx.merge(graphdef, params)(x, y)
+            return None, (loss, (y != -1).sum())
+        return jax.lax.scan(batch_loss, None, (x, y))[1]
     return eval_step
 
 
-def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, block_size):
-    """{'train': loss, 'val': loss}: means over eval_iters batches that are the same in every run."""
-    out = {}
+def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, block_size, micro_rows):
+    """{'train': loss, 'val': loss}: means over eval_iters batches that are the same in every run.
+
+    micro_rows: the most rows that a device takes at a time.
+    """
+    results = {}
     for split in ('train', 'val'):
-        losses = []
-        for k in range(eval_iters):
-            x, y = get_batch(data_dir, split, batch_size, block_size, seed=0, iter_num=k, purpose=EVAL)
-            # rows that the devices do not divide are filled up with rows that do not count
-            pad = ((0, -batch_size % mesh.size), (0, 0))
-            x, y = shard_batch(mesh, np.pad(x, pad), np.pad(y, pad, constant_values=-1))
-            losses.append(eval_step(params, x, y))  # queued, not waited for
-        out[split] = float(np.mean(jax.device_get(losses), dtype=np.float64))
-    return out
+        draws = [get_batch(data_dir, split, batch_size, block_size, 0, k, EVAL) for k in range(eval_iters)]
+        x, y = (np.concatenate(rows) for rows in zip(*draws))
+        # all in one program, and one read at the end; rows are filled up to whole batches with some that do not count
+        rows = min(mesh.size * micro_rows, len(x) + -len(x) % mesh.size)
+        pad = ((0, -len(x) % rows), (0, 0))
+        x, y = np.pad(x, pad), np.pad(y, pad, constant_values=-1)
+        results[split] = eval_step(params, *shard_batch(mesh, *(a.reshape(-1, rows, block_size) for a in (x, y))))
+    return {split: float(np.average(losses.astype(np.float64), weights=counts))
+            for split, (losses, counts) in jax.device_get(results).items()}
 
 
 # -----------------------------------------------------------------------------
@@ -419,8 +501,8 @@ def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, blo
 def check_settings(config):
     """Raise UserError for numbers that no run can be made of, among the settings that config has."""
     at_least = dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1, block_size=1,
-                    seed=0, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0, min_lr=0, weight_decay=0,
-                    grad_clip=0, beta1=0, beta2=0)
+                    n_layer=1, n_head=1, n_embd=1, seed=0, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0,
+                    min_lr=0, weight_decay=0, grad_clip=0, beta1=0, beta2=0)
     for name, least in ((name, least) for name, least in at_least.items() if name in config):
         if not least <= config[name] < math.inf:
             raise UserError(f'{name} is {config[name]}; it must be at least {least}')
@@ -482,7 +564,7 @@ def crop_state(state, block_size):
 # what the checkpoint decides: no weights fit another shape
 MODEL_SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias')
 # what belongs to the command and the machine, and is never taken from a checkpoint
-NOT_RESUMED = ('init_from', 'out_dir', 'eval_only', 'device')
+NOT_RESUMED = ('init_from', 'out_dir', 'eval_only', 'device', 'attention', 'compilation_cache')
 
 
 def merge_resumed_config(config, given, saved):

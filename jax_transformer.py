@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_ops import causal_attention, cross_entropy, dropout, fused_attention, matmul
+
 
 class UserError(ValueError):
     """Something that the user can mend; the scripts print it as one line, without a traceback."""
@@ -36,8 +38,9 @@ def optional_import(name):
 
 @dataclass(frozen=True)  # frozen, since nnx.split keeps it in the hashable part of the model
 class GPTConfig:
-    """Shape of a model. `dtype` is the compute type: float32, bfloat16 or float16; parameters
-    are float32 always. Raises UserError for a shape that no model can have."""
+    """Shape of a model, and how it is computed: `dtype` is the compute type, float32, bfloat16 or float16 (parameters
+    are float32 always); `attention` 'xla', or 'cudnn' for NVIDIA's fused kernel; `remat` computes each block again in the
+    backward pass, in place of keeping what it computed. Raises UserError for what no model can have."""
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for efficiency
     n_layer: int = 12
@@ -46,6 +49,8 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # biases in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
     dtype: str = 'float32'
+    attention: str = 'xla'
+    remat: bool = False
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -57,17 +62,44 @@ class GPTConfig:
             raise UserError(f'dropout is {self.dropout}; it must be at least 0 and below 1')
         if self.dtype not in ('float32', 'bfloat16', 'float16'):
             raise UserError(f'dtype is {self.dtype!r}; it must be float32, bfloat16 or float16')
+        if self.attention not in ('xla', 'cudnn'):
+            raise UserError(f'attention is {self.attention!r}; it must be xla or cudnn')
+        if self.attention == 'cudnn' and (self.dtype == 'float32' or self.n_embd // self.n_head % 8):
+            raise UserError('cuDNN attention computes in bfloat16 or float16, with a multiple of 8 dimensions per head, '
+                            f'not {self.dtype} with {self.n_embd // self.n_head}; use --attention=xla')
 
 
-GPT_ARGS = tuple(f.name for f in fields(GPTConfig) if f.name != 'dtype')  # nanoGPT's model_args
+GPT_ARGS = tuple(f.name for f in fields(GPTConfig))[:7]  # nanoGPT's model_args: the shape
 
 
 # -----------------------------------------------------------------------------
 # the model
 
-def linear(n_in, n_out, config, rngs, std=0.02):
-    return nnx.Linear(n_in, n_out, use_bias=config.bias, dtype=config.dtype, rngs=rngs,
-                      kernel_init=nnx.initializers.normal(std))  # flax's own default is lecun_normal
+class Linear(nnx.Module):
+    """x @ kernel + bias in x's type; the kernel is (n_in, n_out), normal with standard deviation `std`."""
+
+    def __init__(self, n_in, n_out, config, *, rngs, std=0.02):
+        self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (n_in, n_out)))
+        self.bias = nnx.Param(jnp.zeros(n_out)) if config.bias else None
+
+    def __call__(self, x):
+        x = matmul(x, self.kernel[...])
+        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
+
+
+class Dropout(nnx.Module):
+    """Dropout in training mode, by a key of the `rngs` given to the call; model.eval() makes it deterministic."""
+
+    def __init__(self, rate):
+        self.rate = rate
+        self.deterministic = False
+
+    @property
+    def active(self):
+        return self.rate > 0 and not self.deterministic
+
+    def __call__(self, x, rngs=None):
+        return dropout(x, self.rate, rngs.dropout()) if self.active else x
 
 
 class LayerNorm(nnx.Module):
@@ -92,32 +124,31 @@ class CausalSelfAttention(nnx.Module):
 
     def __init__(self, config, *, rngs):
         # key, query, value projections of all heads in one product
-        self.c_attn = linear(config.n_embd, 3 * config.n_embd, config, rngs)
-        self.c_proj = linear(config.n_embd, config.n_embd, config, rngs, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.attn_dropout = nnx.Dropout(config.dropout)
-        self.resid_dropout = nnx.Dropout(config.dropout)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config, rngs=rngs)
+        self.c_proj = Linear(config.n_embd, config.n_embd, config, rngs=rngs, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.attn_dropout = Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
         self.n_head = config.n_head
+        self.fused = config.attention == 'cudnn'
 
     def __call__(self, x, rngs=None):
         B, T, C = x.shape
         q, k, v = jnp.split(self.c_attn(x), 3, axis=-1)
         q, k, v = (a.reshape(B, T, self.n_head, C // self.n_head) for a in (q, k, v))  # (B, T, nh, hs)
-        # scores and softmax in float32, whatever the compute type
-        att = jnp.einsum('bqnh,bknh->bnqk', q, k, preferred_element_type=jnp.float32)  # (B, nh, T, T)
-        att = att * (C // self.n_head) ** -0.5
-        att = jnp.where(jnp.tril(jnp.ones((T, T), bool)), att, -jnp.inf)
-        att = jax.nn.softmax(att, axis=-1).astype(x.dtype)
-        att = self.attn_dropout(att, rngs=rngs)
-        y = jnp.einsum('bnqk,bknh->bqnh', att, v).reshape(B, T, C)
+        if self.fused and not self.attn_dropout.active:  # JAX offers cuDNN's kernel without dropout only
+            y = fused_attention(q, k, v)
+        else:
+            y = causal_attention(q, k, v, partial(self.attn_dropout, rngs=rngs))
+        y = y.reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y), rngs=rngs)
 
 
 class MLP(nnx.Module):
 
     def __init__(self, config, *, rngs):
-        self.c_fc = linear(config.n_embd, 4 * config.n_embd, config, rngs)
-        self.c_proj = linear(4 * config.n_embd, config.n_embd, config, rngs, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.dropout = nnx.Dropout(config.dropout)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config, rngs=rngs)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, config, rngs=rngs, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.dropout = Dropout(config.dropout)
 
     def __call__(self, x, rngs=None):
         x = self.c_fc(x)
@@ -141,18 +172,6 @@ class Block(nnx.Module):
         return x
 
 
-def cross_entropy(logits, targets):
-    """Mean negative log-likelihood, a float32 scalar, over the targets that are not -1.
-
-    logits (..., V) of any float type, targets int (...). With no target left it is nan, as in torch.
-    """
-    logits = logits.astype(jnp.float32)
-    counted = targets != -1
-    target_logits = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
-    return jnp.where(counted, nll, 0.0).sum() / counted.sum()
-
-
 class GPT(nnx.Module):
     """GPT(config, rngs=nnx.Rngs(seed)). A new model is in training mode: with dropout > 0 a call
     then needs `rngs=nnx.Rngs(dropout=key)`; `model.eval()` turns dropout off, `model.train()` on."""
@@ -163,7 +182,7 @@ class GPT(nnx.Module):
         self.transformer = nnx.Dict(
             wte=nnx.Embed(config.vocab_size, config.n_embd, embedding_init=embed_init, rngs=rngs),
             wpe=nnx.Embed(config.block_size, config.n_embd, embedding_init=embed_init, rngs=rngs),
-            drop=nnx.Dropout(config.dropout),
+            drop=Dropout(config.dropout),
             h=nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)]),
             ln_f=LayerNorm(config.n_embd, config.bias, config.dtype),
         )
@@ -180,13 +199,14 @@ class GPT(nnx.Module):
         # embeddings and the residual stream stay float32, as they do under torch's autocast
         x = self.transformer.wte(idx) + self.transformer.wpe(jnp.arange(T))  # (B, T, C)
         x = self.transformer.drop(x, rngs=rngs)
+        run_block = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
         for block in self.transformer.h:
-            x = block(x, rngs)
+            x = run_block(block, x, rngs)
         return self.transformer.ln_f(x)
 
     def head(self, x):
         """Logits (..., vocab_size) in the compute type, from hidden states (..., n_embd)."""
-        return x @ self.transformer.wte.embedding[...].T.astype(x.dtype)
+        return matmul(x, self.transformer.wte.embedding[...].T)
 
     def __call__(self, idx, targets=None, rngs=None):
         """idx, targets: int (B, T). With targets: logits (B, T, vocab_size) and the loss, a float32

@@ -23,8 +23,10 @@ import optax
 from flax import nnx
 
 import jax_train_utils as utils
+import jax_transformer
 from jax_checkpoint import Checkpoints, find_damage
-from jax_transformer import GPT, GPTConfig, UserError, cross_entropy, export_torch_weights, load_torch_weights, sampling_logits
+from jax_ops import cross_entropy, matmul
+from jax_transformer import GPT, GPTConfig, UserError, export_torch_weights, load_torch_weights, sampling_logits
 
 TESTDATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'testdata')
 PARITY = 'parity with nanoGPT'
@@ -149,6 +151,29 @@ def test_rows_are_shared_equally_and_all_of_them():
 
 
 @area('devices')
+def test_a_cpu_takes_the_rows_that_its_caches_hold():
+    assert utils.micro_batch_rows(12, 1024, 768, 'gpu') == 12
+    assert utils.micro_batch_rows(12, 64, 128, 'cpu') == 12
+    assert utils.micro_batch_rows(64, 256, 384, 'cpu') == 2
+    assert utils.micro_batch_rows(12, 1024, 1600, 'cpu') == 1  # never none
+
+
+@area('devices')
+def test_attention_is_fused_only_where_the_kernel_exists():
+    class Device:
+        def __init__(self, device_kind, compute_capability=None):
+            self.device_kind, self.compute_capability = device_kind, compute_capability
+    h200 = Device('NVIDIA H200', '9.0')
+    assert utils.attention_path('auto', 'bfloat16', 64, h200) == utils.attention_path('cudnn', 'float16', 128, h200) == 'cudnn'
+    for case in (('xla', 'bfloat16', 64, h200), ('auto', 'float32', 64, h200), ('auto', 'bfloat16', 12, h200),
+                 ('auto', 'bfloat16', 256, h200), ('auto', 'bfloat16', 64, Device('Tesla V100 (NVIDIA)', '7.0')),
+                 ('auto', 'bfloat16', 64, Device('TPU v4')), ('auto', 'bfloat16', 64, Device('cpu'))):
+        assert utils.attention_path(*case) == 'xla'
+    assert_refused(lambda: utils.attention_path('cudnn', 'bfloat16', 64, Device('cpu')), 'NVIDIA', '--attention=xla')
+    assert_refused(lambda: utils.attention_path('flash', 'bfloat16', 64, h200), "'flash'", 'auto, cudnn or xla')
+
+
+@area('devices')
 def test_specific_device_names_win_over_generic_ones():
     class Device:
         def __init__(self, device_kind):
@@ -205,6 +230,8 @@ def test_impossible_shapes_are_refused():
     assert_refused(lambda: GPTConfig(n_head=0), 'n_head is 0')
     assert_refused(lambda: GPTConfig(dropout=1.0), 'dropout is 1.0')
     assert_refused(lambda: GPTConfig(dtype='int8'), "'int8'", 'bfloat16')
+    assert_refused(lambda: GPTConfig(attention='flash'), "'flash'", 'cudnn')
+    assert_refused(lambda: GPTConfig(attention='cudnn', dtype='float32'), 'float32', '--attention=xla')
 
 
 @area('model creation')
@@ -244,12 +271,12 @@ def test_targets_of_minus_one_do_not_count():
 @area('forward, training')
 def test_dropout_acts_at_nanogpts_places_and_only_in_training():
     model, x = tiny(dropout=0.5), tokens(2, 16)
-    places, bernoulli = [], jax.random.bernoulli
-    jax.random.bernoulli = lambda key, p, shape, **kw: places.append((p, list(shape))) or bernoulli(key, p, shape, **kw)
+    places, dropout = [], jax_transformer.dropout
+    jax_transformer.dropout = lambda x, rate, key: places.append((rate, list(x.shape))) or dropout(x, rate, key)
     try:
         jax.eval_shape(lambda: model(x, x, rngs=nnx.Rngs(dropout=jax.random.key(0))))
     finally:
-        jax.random.bernoulli = bernoulli
+        jax_transformer.dropout = dropout
     embeddings, weights, residual = (0.5, [2, 16, 32]), (0.5, [2, 2, 16, 16]), (0.5, [2, 16, 32])
     assert places == [embeddings, weights, residual, residual]
     model.eval()
@@ -293,6 +320,35 @@ def test_every_parameter_gets_a_gradient():
     grads = jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p)(tokens(2, 16), tokens(2, 16, seed=1))[1]))(nnx.to_pure_dict(params))
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(g).all() and np.abs(g).max() > 0, path
+
+
+@area('backward')
+def test_gradients_set_by_hand_are_those_of_the_plain_formulas():
+    rng = np.random.default_rng(0)
+    def normal(*shape):
+        return jnp.asarray(rng.normal(0, 2, shape), jnp.float32)
+    def plain_loss(logits):
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(targets == -1, 0, nll).sum() / (targets != -1).sum()
+    targets = rng.integers(-1, 7, (3, 5))
+    for by_hand, plain, *args in (
+            (matmul, jnp.matmul, normal(2, 3, 5), normal(5, 7)),
+            (lambda logits: cross_entropy(logits, targets), plain_loss, normal(3, 5, 7))):
+        value, pull = jax.vjp(jax.jit(by_hand), *args)
+        plain_value, plain_pull = jax.vjp(jax.jit(plain), *args)
+        np.testing.assert_allclose(value, plain_value, rtol=1e-5, atol=1e-6)  # float32 rounding of another formula
+        g = jnp.cos(plain_value)  # anything but ones
+        for got, want in zip(pull(g), plain_pull(g)):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@area('backward')
+def test_the_loss_keeps_no_float32_copy_of_16_bit_logits():
+    logits = jnp.zeros((4, 16, 65), jnp.bfloat16)
+    _, pull = jax.vjp(lambda logits: cross_entropy(logits, tokens(4, 16)), logits)
+    kept = [a for a in jax.tree.leaves(pull) if a.size >= logits.size]
+    assert [a.dtype for a in kept] == [jnp.bfloat16]
+    assert pull(jnp.float32(1))[0].dtype == jnp.bfloat16
 
 
 @area('backward')
@@ -617,11 +673,14 @@ def test_estimated_loss_is_the_mean_over_the_drawn_rows():
     with tempfile.TemporaryDirectory() as folder:
         for split in ('train', 'val'):
             write_split(folder, tokens(500, seed=len(split)), split)
-        got = utils.estimate_loss(utils.make_eval_step(eval_graphdef), params_of(model), mesh, folder, 3, 5, 16)
+        step, params = utils.make_eval_step(eval_graphdef), params_of(model)
+        # in batches of their own, and in pieces of four rows, the last of which is filled up with rows that do not count
+        got, pieces = (utils.estimate_loss(step, params, mesh, folder, 3, 5, 16, rows) for rows in (5, 4))
         for split in ('train', 'val'):
             batches = [utils.get_batch(folder, split, 5, 16, 0, k, utils.EVAL) for k in range(3)]
             # the same float32 losses up to the order of their sums
             assert math.isclose(got[split], np.mean([float(model(x, y)[1]) for x, y in batches]), rel_tol=1e-6)
+            assert math.isclose(got[split], pieces[split], rel_tol=1e-6)
 
 
 @area('batches')

@@ -20,10 +20,10 @@ import optax
 
 from jax_checkpoint import Checkpoints, steps_on_disk
 from jax_train_utils import (
-    StopRequest, check_settings, check_tokens, compute_dtype, create_learning_rate_schedule,
-    create_optimizer, crop_state, decay_groups, estimate_loss, find_non_finite, get_train_batch, init_train_state, load_meta,
-    make_eval_step, make_mesh, make_train_step, merge_resumed_config, open_tokens, peak_flops, place_train_state,
-    print_or_go_on as print, report_user_error, select_devices, share_rows, split_model,
+    StopRequest, attention_path, check_settings, check_tokens, compute_dtype, create_learning_rate_schedule,
+    create_optimizer, crop_state, decay_groups, enable_compilation_cache, estimate_loss, find_non_finite, get_train_batch,
+    init_train_state, load_meta, make_eval_step, make_mesh, make_train_step, merge_resumed_config, micro_batch_rows, open_tokens,
+    peak_flops, place_train_state, print_or_go_on as print, report_user_error, select_devices, share_rows, split_model,
 )
 from jax_transformer import GPT, GPT_ARGS, GPTConfig, UserError, optional_import
 
@@ -68,6 +68,9 @@ min_lr = 6e-5 # about learning_rate/10, per Chinchilla
 seed = 1337
 device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, 'tpu'
 dtype = 'bfloat16' # compute type: 'float32', 'bfloat16', or 'float16' with dynamic loss scaling; a CPU computes in float32
+attention = 'auto' # 'cudnn', the fused kernel of NVIDIA GPUs, 'xla', or the faster one that the device has
+remat = False # compute each block again in the backward pass: less memory, a third more work
+compilation_cache = True # keep compiled programs in the user's cache folder, for a quick start the next time
 compile = True # no meaning here: XLA always compiles
 backend = 'nccl' # no meaning here: XLA chooses its own
 from configurator import configure
@@ -79,6 +82,8 @@ sys.excepthook = report_user_error # a user's mistake is one line, not a traceba
 
 # devices first: --device must be known before JAX is used
 devices = select_devices(device)
+if compilation_cache:
+    enable_compilation_cache()
 print(f'platform: {devices[0].platform}, devices: {len(devices)} ({devices[0].device_kind})')
 for key in sorted(given & {'compile', 'backend'}):
     print(f'--{key} has no counterpart here and is ignored: XLA always compiles, and brings its own communication')
@@ -107,7 +112,8 @@ if init_from != 'resume' and not eval_only and steps_on_disk(out_dir):
 
 # the rows of a step, shared by the devices
 n_rows = gradient_accumulation_steps * batch_size
-n_devices, n_micro = share_rows(n_rows, batch_size, len(devices))
+micro_rows = micro_batch_rows(batch_size, block_size, n_embd, devices[0].platform)
+n_devices, n_micro = share_rows(n_rows, micro_rows, len(devices))
 if n_devices < len(devices):
     print(f'using {n_devices} of {len(devices)} devices: {n_rows} rows a step cannot be shared equally by more')
 mesh = make_mesh(devices[:n_devices])
@@ -157,7 +163,10 @@ else:
                     "'gpt2-xl', or a folder with config.json and model.safetensors")
 config |= {name: value for name, value in model_args.items() if name in config} # as pretrained weights have it
 check_tokens(data_dir, model_args['vocab_size'])
-model, train_graphdef, eval_graphdef = split_model(GPTConfig(**model_args, dtype=compute_type))
+attention = attention_path(attention, compute_type, model_args['n_embd'] // model_args['n_head'], devices[0])
+if attention == 'cudnn' and dropout > 0:
+    print('attention: cudnn in evaluation, xla in training, since JAX offers the fused kernel without dropout only')
+model, train_graphdef, eval_graphdef = split_model(GPTConfig(**model_args, dtype=compute_type, attention=attention, remat=remat))
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 for name, tensors in zip(('decayed', 'non-decayed'), decay_groups(state['params'])):
     print(f'num {name} parameter tensors: {len(tensors)}, with {sum(p.size for p in tensors):,} parameters')
@@ -188,16 +197,38 @@ if not eval_only:
     print(f'compiled in {time.time() - t0:.1f} s')
 start_iter = iter_num
 running_mfu = -1.0
-train_time, timed_iters = 0.0, 0 # seconds and iterations since the last logged one, evaluations excluded
+pending = None # (iteration, metrics) of a step whose line is still to be printed
+last_logged = iter_num - 1
+train_time = 0.0 # seconds since the last logged iteration and before t0, evaluations excluded
 problem = None
+
+def log_step():
+    """Print the pending step's line; reading its loss waits for it, so the next step should be queued by then."""
+    global pending, last_logged, train_time, t0, running_mfu, problem
+    if not pending:
+        return
+    it, metrics = pending
+    loss = float(metrics['loss'])
+    dt = (train_time + time.time() - t0) / (it - last_logged)
+    pending, last_logged, train_time, t0 = None, it, 0.0, time.time()
+    if it - start_iter >= 5: # let the training loop settle a bit
+        mfu = model.estimate_mfu(n_rows, dt, n_devices * peak)
+        running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
+    print(f'iter {it}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%')
+    problem = find_non_finite(it, metrics)
+    checkpoints.check() # for an error in the background
+
 t0 = time.time()
 while (iter_num <= max_iters or eval_only) and not stop.reached(iter_num) and not problem:
 
     # evaluate the loss on the train and val sets, and write checkpoints
     if iter_num % eval_interval == 0 or eval_only:
+        log_step()
+        if problem:
+            break
         jax.block_until_ready(state)
         train_time += time.time() - t0
-        losses = estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters, batch_size, block_size)
+        losses = estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters, batch_size, block_size, micro_rows)
         print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         if wandb_log:
             wandb.log({
@@ -222,23 +253,15 @@ while (iter_num <= max_iters or eval_only) and not stop.reached(iter_num) and no
                 checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars, losses['val'])
         t0 = time.time()
 
-    # one optimizer step; the host prepares the next batch while the devices compute
+    # one optimizer step; while the devices compute it, the host prepares the next batch and logs the step before
     state, metrics = train_step(state, *batch, np.int32(iter_num))
     batch = get_step_batch(iter_num + 1)
-
-    # timing and logging; reading the loss waits for the devices
-    timed_iters += 1
+    log_step()
     if iter_num % log_interval == 0:
-        loss = float(metrics['loss'])
-        dt = (train_time + time.time() - t0) / timed_iters
-        train_time, timed_iters, t0 = 0.0, 0, time.time()
-        if iter_num - start_iter >= 5: # let the training loop settle a bit
-            mfu = model.estimate_mfu(n_rows, dt, n_devices * peak)
-            running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
-        print(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%')
-        problem = find_non_finite(iter_num, metrics)
-        checkpoints.check() # for an error in the background
+        pending = iter_num, metrics
     iter_num += 1
+if not problem:
+    log_step()
 
 # the last iteration is kept too, and saving in the background is waited for
 if not eval_only:

@@ -1,9 +1,12 @@
 """Whole runs of sample_jax.py and bench_jax.py from the command line."""
 
+import os
 import re
+import shutil
+import sys
 
 import pytest
-from conftest import TINY, run, train, with_data
+from conftest import ROOT, TINY, run, train, with_data
 
 
 def sample(folder, *args):
@@ -89,7 +92,9 @@ def test_a_tokenizer_out_of_reach_is_one_line(folder):
 
 @pytest.mark.parametrize('args, words', [
     (['--batch_size=0'], ['batch_size is 0']), (['--seed=-1'], ['seed is -1']), (['--dataset=absent'], ['absent/prepare.py']),
-    (['--vocab_size=5'], ['token id 19', 'ends at 4']),
+    (['--vocab_size=5'], ['token id 19', 'ends at 4']), (['--attention=flash'], ["'flash'", 'auto, cudnn or xla']),
+    (['--attention=cudnn'], ['NVIDIA', '--attention=xla']), (['--dropout=1.0'], ['dropout is 1.0']),
+    (['--n_head=0'], ['n_head is 0']),
 ])
 def test_a_mistake_in_a_benchmark_is_one_line(folder, args, words):
     result = run(folder, 'bench_jax.py', *SMALL, *args)
@@ -104,10 +109,18 @@ SMALL = [a for a in TINY if a.split('=')[0] not in
 
 
 @pytest.mark.parametrize('real_data', [True, False])
-def test_bench_ends_with_nanogpts_line(folder, real_data):
-    result = run(folder, 'bench_jax.py', *SMALL, f'--real_data={real_data}')
+def test_bench_prints_nanogpts_line_and_what_the_step_takes(folder, real_data):
+    flags = ['--gradient_accumulation_steps=3', '--remat=True', '--dropout=0.1'] if real_data else []
+    result = run(folder, 'bench_jax.py', *SMALL, *flags, f'--real_data={real_data}')
     assert result.returncode == 0, result.stderr
-    assert re.fullmatch(r'time per iteration: \d+\.\d{4}ms, MFU: \d+\.\d{2}%', result.stdout.splitlines()[-1])
+    time, mfu = re.search(r'^time per iteration: (\d+\.\d{4})ms, MFU: (\d+\.\d{2})%$', result.stdout, re.M).groups()
+    tokens = float(re.search(r'^tokens per second: ([\d,]+)$', result.stdout, re.M)[1].replace(',', ''))
+    rows = 12 if real_data else 4
+    assert abs(tokens * float(time) / 1000 / (rows * 16) - 1) < 0.01 and float(mfu) >= 0  # both are rounded
+    for line in (r'compiled in \d+\.\d s',
+                 r'memory by the compiled program: \d+\.\d\d GiB of state and batch, \d+\.\d\d GiB while it runs',
+                 r'mfu is counted against 312 TFLOP/s, .* A100', r'host time per iteration \(batch and dispatch\): \d+\.\d\dms'):
+        assert re.search(f'^{line}$', result.stdout, re.M), line
     assert result.stdout.count('/10 loss: ') == 10 and result.stdout.count('/20 loss: ') == 20
 
 
@@ -115,6 +128,37 @@ def test_bench_writes_a_profile(folder):
     result = run(folder, 'bench_jax.py', *SMALL, '--profile=True', '--real_data=False')
     assert result.returncode == 0, result.stderr
     assert list(folder.glob('bench_log/**/*.xplane.pb'))
+
+
+def test_compare_times_both_in_turns(folder):
+    torch = folder / 'nanoGPT'
+    torch.mkdir()
+    # in place of nanoGPT: iterations of 10 ms eager and 20 ms compiled, but for the first, and its flags on standard error
+    (torch / 'train.py').write_text("import sys\nms = 20 if '--compile=True' in sys.argv else 10\nfor i in range(5):\n"
+                                    "    print(f'iter {i}: loss 4.0000, time {ms if i else 999}.00ms, mfu 0.01%')\n")
+    (folder / 'data' / 'tiny').rename(folder / 'data' / 'shakespeare_char')
+    shutil.copytree(os.path.join(ROOT, 'config'), folder / 'config')
+    result = run(folder, 'compare_jax.py', '--nanogpt=nanoGPT', f'--torch_python={sys.executable}', '--rounds=2', '--max_iters=4')
+    assert result.returncode == 0, result.stderr
+    ran = re.findall(r'^readme_cpu, (.*): [\d.]+ ms per iteration', result.stdout, re.M)
+    assert ran == ['JAX', 'PyTorch eager', 'PyTorch compile'] * 2
+    rows = {row[0]: row[1:] for row in (line.strip('| ').split(' | ') for line in result.stdout.splitlines()) if len(row) == 5}
+    ours = float(rows['JAX'][0])
+    for name, ms in (('PyTorch eager', 10), ('PyTorch compile', 20)):
+        assert rows[name][:2] == [f'{ms:.1f}', f'{ms:.1f}, {ms:.1f}'] and abs(float(rows[name][2]) - ms / ours) < 0.01
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--nanogpt=absent'], ['absent', '--nanogpt']), (['--nanogpt=nanoGPT', '--case=gpt3'], ["'gpt3'", 'readme_cpu']),
+    (['--nanogpt=nanoGPT', '--torch_compile=eager'], ['train_shakespeare_char.py']),
+])
+def test_a_mistake_in_a_comparison_is_one_line(folder, args, words):
+    (folder / 'nanoGPT').mkdir()
+    (folder / 'nanoGPT' / 'train.py').write_text('')
+    result = run(folder, 'compare_jax.py', *args)
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
 
 
 @pytest.mark.parametrize('script', ['train_jax.py', 'sample_jax.py', 'bench_jax.py'])

@@ -4,10 +4,12 @@ import os
 import pickle
 import re
 
+import jax
 import numpy as np
 import pytest
 from conftest import ITER, ROOT, STEP, TINY, run, saved, train
 
+import jax_train_utils as utils
 from test_jax_transformer import make_step, tiny, tokens
 
 
@@ -39,6 +41,37 @@ def test_log_lines_are_nanogpts_and_the_loss_falls(folder):
 def test_log_interval_prints_the_mean_time_of_what_it_skipped(folder):
     out = train(folder, '--max_iters=6', '--log_interval=3', '--eval_interval=100')
     assert [int(i[0]) for i in ITER.findall(out)] == [0, 3, 6]
+
+
+def test_lines_come_in_nanogpts_order(folder):
+    # though a step's loss is read only once the next step is queued
+    out = train(folder, '--max_iters=9', '--log_interval=3')
+    lines = re.findall(r'^(step|iter) (\d+)', out, re.M)
+    assert lines == [('step', '0'), ('iter', '0'), ('iter', '3'), ('step', '4'), ('iter', '6'), ('step', '8'), ('iter', '9')]
+
+
+def test_compiled_programs_are_kept_and_one_flag_turns_that_off(folder):
+    # a cache that the tests share would win
+    env = {'XDG_CACHE_HOME': str(folder / 'cache'), 'JAX_COMPILATION_CACHE_DIR': ''}
+    train(folder, '--max_iters=0', '--compilation_cache=False', '--out_dir=one', **env)
+    assert not (folder / 'cache').exists()
+    train(folder, '--max_iters=0', '--out_dir=two', **env)
+    kept = sorted((folder / 'cache' / 'nanogpt-jax' / utils.cpu_key()).glob('*train_step*-cache'))
+    assert len(kept) == 1
+    train(folder, '--max_iters=0', '--out_dir=three', **env)
+    assert kept == sorted(kept[0].parent.glob('*train_step*-cache'))
+    # where the folder cannot be made the run goes on without
+    (folder / 'file').write_text('')
+    assert 'are not kept for the next start' in train(folder, '--max_iters=0', '--out_dir=four', **env | {
+        'XDG_CACHE_HOME': str(folder / 'file')})
+
+
+def test_no_memory_is_one_line_that_names_what_helps(capsys):
+    error = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nand much more')
+    utils.report_user_error(type(error), error, None)
+    line, = capsys.readouterr().err.splitlines()
+    for word in ('allocating 99 bytes', '--batch_size', '--gradient_accumulation_steps', '--remat=True'):
+        assert word in line
 
 
 def test_only_improvements_are_kept_when_asked(folder):
@@ -203,6 +236,9 @@ def test_devices_that_rows_do_not_divide_are_left_out(folder):
     (['--seed=4294967296'], ['seed is 4294967296', 'below']),
     (['--dtype=bf16'], ["'bf16'", 'bfloat16']),
     (['--n_head=0'], ['n_head is 0']),
+    (['--n_embd=0'], ['n_embd is 0']),
+    (['--attention=flash'], ["'flash'", 'auto, cudnn or xla']),
+    (['--attention=cudnn'], ['NVIDIA', '--attention=xla']),
     (['--n_layer=-2'], ['n_layer is -2']),
     (['--block_size=0'], ['block_size is 0']),
     (['--out_dir=data/tiny/train.bin'], ['cannot write to data/tiny/train.bin', '--out_dir']),
