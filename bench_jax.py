@@ -15,7 +15,7 @@ import numpy as np
 
 from jax_train_utils import (
     attention_path, check_settings, check_tokens, compute_dtype, create_optimizer, enable_compilation_cache, get_train_batch,
-    init_train_state, make_mesh, make_train_step, micro_batch_rows, open_tokens, peak_flops, report_user_error, select_devices,
+    init_train_state, make_mesh, make_train_step, micro_batch_rows, count_tokens, peak_flops, report_user_error, select_devices,
     shard_batch, share_rows, split_model,
 )
 from jax_transformer import GPTConfig
@@ -64,7 +64,7 @@ n_rows = gradient_accumulation_steps * batch_size
 _, n_micro = share_rows(n_rows, micro_batch_rows(batch_size, block_size, n_embd, devices[0].platform), 1)
 data_dir = os.path.join('data', dataset)
 if real_data:
-    open_tokens(data_dir, 'train', block_size)
+    count_tokens(data_dir, 'train', block_size)
     check_tokens(data_dir, vocab_size, splits=('train',))
 def get_batch(iter_num):
     if real_data:

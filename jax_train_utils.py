@@ -101,8 +101,8 @@ def batch_offsets(n_rows, n_offsets, seed, iter_num, purpose):
     return rng.integers(n_offsets, size=n_rows)
 
 
-def open_tokens(data_dir, split, block_size):
-    """The memory-mapped uint16 ids of a split. Raises UserError where there is no batch to draw from."""
+def count_tokens(data_dir, split, block_size):
+    """How many tokens a split has. Raises UserError where there is no batch to draw from."""
     path = os.path.join(data_dir, f'{split}.bin')
     if not os.path.exists(path):
         raise UserError(f'{path} does not exist: prepare the data first, with python {os.path.join(data_dir, "prepare.py")}')
@@ -110,7 +110,7 @@ def open_tokens(data_dir, split, block_size):
     if size % 2 or size // 2 < block_size + 1:
         raise UserError(f'{path} has {size} bytes; it must hold at least block_size + 1 = {block_size + 1} '
                         'token ids of two bytes each')
-    return np.memmap(path, dtype=np.uint16, mode='r')
+    return size // 2
 
 
 def largest_token(path):
@@ -145,19 +145,43 @@ def check_tokens(data_dir, vocab_size, splits=('train', 'val')):
                             'prepare the data again, or train a model with its vocabulary')
 
 
+def read_rows(data_dir, split, offsets, block_size):
+    """int32 (n_rows, block_size + 1): the tokens from each of the offsets, int (n_rows,), on."""
+    # read, not memory-mapped: a new map for every batch costs more page faults than the rows cost reads, and one that is
+    # kept counts all it ever read as this process's memory
+    with open(os.path.join(data_dir, f'{split}.bin'), 'rb', buffering=0) as f:
+        rows = []
+        for offset in offsets:
+            f.seek(2 * int(offset))
+            rows.append(f.read(2 * (block_size + 1)))
+    return np.frombuffer(b''.join(rows), np.uint16).reshape(len(offsets), block_size + 1).astype(np.int32)
+
+
 def get_batch(data_dir, split, n_rows, block_size, seed, iter_num, purpose=TRAIN):
     """x, y: int32 (n_rows, block_size); y is x one token on."""
-    # the file is mapped anew for every batch: a long-lived map would count all it ever read as ours
-    tokens = open_tokens(data_dir, split, block_size)
-    offsets = batch_offsets(n_rows, len(tokens) - block_size, seed, iter_num, purpose)
-    rows = tokens[offsets[:, None] + np.arange(block_size + 1)].astype(np.int32)  # (n_rows, block_size + 1)
+    n_offsets = count_tokens(data_dir, split, block_size) - block_size
+    rows = read_rows(data_dir, split, batch_offsets(n_rows, n_offsets, seed, iter_num, purpose), block_size)
     return rows[:, :-1], rows[:, 1:]
+
+
+def load_batch(mesh, data_dir, split, offsets, block_size):
+    """x, y on the mesh's devices: int32 (n, rows, block_size), of int offsets (n, rows).
+
+    Where an offset is negative, the row is filled with targets that do not count.
+    """
+    rows = np.zeros((*offsets.shape, block_size + 1), np.int32)
+    for index in batch_sharding(mesh, offsets.ndim + 1).addressable_devices_indices_map(rows.shape).values():
+        index = index[:-1]  # each process reads its own devices' part alone
+        read = read_rows(data_dir, split, offsets[index].clip(0).ravel(), block_size)
+        rows[index] = read.reshape(rows[index].shape)
+    return shard_batch(mesh, rows[..., :-1], np.where(offsets[..., None] < 0, -1, rows[..., 1:]))
 
 
 def get_train_batch(mesh, data_dir, n_rows, n_micro, block_size, seed, iter_num):
     """x, y of one optimizer step on the mesh's devices: int32 (n_micro, n_rows / n_micro, block_size)."""
-    x, y = get_batch(data_dir, 'train', n_rows, block_size, seed, iter_num)
-    return shard_batch(mesh, *(a.reshape(n_micro, -1, block_size) for a in (x, y)))
+    n_offsets = count_tokens(data_dir, 'train', block_size) - block_size
+    offsets = batch_offsets(n_rows, n_offsets, seed, iter_num, TRAIN).reshape(n_micro, -1)
+    return load_batch(mesh, data_dir, 'train', offsets, block_size)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -369,10 +393,14 @@ def replicated(mesh):
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_sharding(mesh, ndim):
+    """Arrays (..., rows, T) with the rows split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * (ndim - 2), ('data', 'fsdp')))
+
+
 def shard_batch(mesh, *arrays):
-    """Arrays (..., rows, T) onto the devices, the rows split over all of them."""
-    spec = PartitionSpec(*[None] * (arrays[0].ndim - 2), ('data', 'fsdp'))
-    return jax.device_put(arrays, NamedSharding(mesh, spec))
+    """Arrays (..., rows, T) onto the devices, the rows split over all of them; a process needs its own part only."""
+    return tuple(jax.make_array_from_callback(a.shape, batch_sharding(mesh, a.ndim), a.__getitem__) for a in arrays)
 
 
 # -----------------------------------------------------------------------------
@@ -484,13 +512,12 @@ def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, blo
     """
     results = {}
     for split in ('train', 'val'):
-        draws = [get_batch(data_dir, split, batch_size, block_size, 0, k, EVAL) for k in range(eval_iters)]
-        x, y = (np.concatenate(rows) for rows in zip(*draws))
+        n_offsets = count_tokens(data_dir, split, block_size) - block_size
+        offsets = np.concatenate([batch_offsets(batch_size, n_offsets, 0, k, EVAL) for k in range(eval_iters)])
         # all in one program, and one read at the end; rows are filled up to whole batches with some that do not count
-        rows = min(mesh.size * micro_rows, len(x) + -len(x) % mesh.size)
-        pad = ((0, -len(x) % rows), (0, 0))
-        x, y = np.pad(x, pad), np.pad(y, pad, constant_values=-1)
-        results[split] = eval_step(params, *shard_batch(mesh, *(a.reshape(-1, rows, block_size) for a in (x, y))))
+        rows = min(mesh.size * micro_rows, len(offsets) + -len(offsets) % mesh.size)
+        offsets = np.pad(offsets, (0, -len(offsets) % rows), constant_values=-1).reshape(-1, rows)
+        results[split] = eval_step(params, *load_batch(mesh, data_dir, split, offsets, block_size))
     return {split: float(np.average(losses.astype(np.float64), weights=counts))
             for split, (losses, counts) in jax.device_get(results).items()}
 

@@ -686,9 +686,9 @@ def test_estimated_loss_is_the_mean_over_the_drawn_rows():
 @area('batches')
 def test_missing_and_short_data_are_refused():
     with tempfile.TemporaryDirectory() as folder:
-        assert_refused(lambda: utils.open_tokens(folder, 'val', 16), 'val.bin', 'prepare.py')
+        assert_refused(lambda: utils.count_tokens(folder, 'val', 16), 'val.bin', 'prepare.py')
         write_split(folder, np.arange(16), 'val')
-        assert_refused(lambda: utils.open_tokens(folder, 'val', 16), '32 bytes', '17')
+        assert_refused(lambda: utils.count_tokens(folder, 'val', 16), '32 bytes', '17')
 
 
 @area('batches')

@@ -22,7 +22,7 @@ from jax_checkpoint import Checkpoints, steps_on_disk
 from jax_train_utils import (
     StopRequest, attention_path, check_settings, check_tokens, compute_dtype, create_learning_rate_schedule,
     create_optimizer, crop_state, decay_groups, enable_compilation_cache, estimate_loss, find_non_finite, get_train_batch,
-    init_train_state, load_meta, make_eval_step, make_mesh, make_train_step, merge_resumed_config, micro_batch_rows, open_tokens,
+    init_train_state, load_meta, make_eval_step, make_mesh, make_train_step, merge_resumed_config, micro_batch_rows, count_tokens,
     peak_flops, place_train_state, print_or_go_on as print, report_user_error, select_devices, share_rows, split_model,
 )
 from jax_transformer import GPT, GPT_ARGS, GPTConfig, UserError, optional_import
@@ -125,7 +125,7 @@ if compute_type != dtype:
 # data
 data_dir = os.path.join('data', dataset)
 for split in ('train', 'val'):
-    open_tokens(data_dir, split, block_size) # complains now rather than at the first evaluation
+    count_tokens(data_dir, split, block_size) # complains now rather than at the first evaluation
 meta_vocab_size, meta_chars = load_meta(data_dir)
 if meta_vocab_size is not None:
     print(f"found vocab_size = {meta_vocab_size} (inside {os.path.join(data_dir, 'meta.pkl')})")
