@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_devices import (
+    attention_path, compute_dtype, enable_compilation_cache, peak_flops, report_user_error, select_devices,
+)
 from jax_train_utils import (
-    attention_path, check_settings, check_tokens, compute_dtype, create_optimizer, enable_compilation_cache, get_train_batch,
-    init_train_state, make_mesh, make_train_step, micro_batch_rows, count_tokens, peak_flops, report_user_error, select_devices,
-    shard_batch, share_rows, split_model,
+    check_settings, check_tokens, count_tokens, create_optimizer, get_train_batch, init_train_state, make_mesh, make_train_step,
+    micro_batch_rows, shard_batch, share_rows, split_model,
 )
 from jax_transformer import GPTConfig
 
@@ -77,7 +79,7 @@ fixed_batch = shard_batch(mesh, *tokens) # x, y: (n_micro, n_rows / n_micro, blo
 model, graphdef, _ = split_model(gptconf)
 tx = create_optimizer(lambda it: 1e-4, weight_decay=1e-2, betas=(0.9, 0.95), grad_clip=0.0)
 state = init_train_state(gptconf, tx, seed, mesh)
-train_step = make_train_step(graphdef, tx, seed, scale_loss=compute_type == 'float16')
+train_step = make_train_step(graphdef, tx, seed, mesh, scale_loss=compute_type == 'float16')
 t0 = time.time()
 train_step = train_step.lower(state, *get_batch(0), np.int32(0)).compile()
 print(f'compiled in {time.time() - t0:.1f} s')

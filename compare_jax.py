@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-from jax_train_utils import report_user_error
+from jax_devices import report_user_error
 from jax_transformer import UserError
 
 # -----------------------------------------------------------------------------

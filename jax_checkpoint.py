@@ -12,11 +12,13 @@ import sys
 import time
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from jax_train_utils import create_train_state, replicated
+from jax_train_utils import create_train_state, shardings
 from jax_transformer import GPT, UserError
 
 # orbax warns of every save that has no metric, and logs at length what it raises as well
@@ -173,7 +175,8 @@ class Checkpoints:
     def evaluated(self, step, val_loss):
         """Make a checkpoint that was saved without a validation loss a candidate for the best."""
         self.val_losses[step] = val_loss
-        self._write_val_loss(self.folder(step), step)
+        if jax.process_index() == 0:
+            self._write_val_loss(self.folder(step), step)
 
     def check(self):
         """Raise UserError if a save in the background has failed."""
@@ -202,22 +205,32 @@ class Checkpoints:
 
     def set_aside_after(self, step):
         """Rename checkpoints past `step` to damaged-<iter_num>-<time>: orbax saves none at or below one that is there."""
-        for later in [s for s in self.steps() if s > step]:
-            os.replace(self.folder(later), os.path.join(self.out_dir, f'damaged-{later}-{time.time_ns()}'))
+        for later in [s for s in self.val_losses if s > step]:
+            if jax.process_index() == 0:
+                os.replace(self.folder(later), os.path.join(self.out_dir, f'damaged-{later}-{time.time_ns()}'))
             del self.val_losses[later]
+        multihost_utils.sync_global_devices('damaged checkpoints are out of the way')
         self.manager.reload()
 
     # -------------------------------------------------------------------------
     # reading
 
     def newest_whole(self):
-        """The newest iteration whose files are as they were written; says which are not. Raises UserError if none is."""
-        for step in reversed(self.steps()):
+        """The newest iteration whose files are as they were written; says which are not. Raises UserError if none is.
+
+        Of several processes the first reads the files, and tells the others.
+        """
+        whole = -1
+        for step in reversed(self.steps()) if jax.process_index() == 0 else ():
             damage = find_damage(self.folder(step))
             if damage is None:
-                return step
+                whole = step
+                break
             print(f'WARNING: checkpoint {self.folder(step)} is damaged and not used: {damage}')
-        raise UserError(f'no checkpoint in {self.out_dir} is whole; start again with another --out_dir')
+        whole = int(multihost_utils.broadcast_one_to_all(np.int32(whole)))
+        if whole < 0:
+            raise UserError(f'no checkpoint in {self.out_dir} is whole; start again with another --out_dir')
+        return whole
 
     def find(self, which='auto'):
         """The iteration that `which` names: latest, best, a number, or auto, which is the best where the run kept
@@ -245,15 +258,16 @@ class Checkpoints:
         return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
 
     def params(self, step, config, sharding):
-        """The parameters alone, for sampling. config: the GPTConfig that they were saved under."""
+        """The parameters alone, for sampling, each under the same sharding. config: the GPTConfig they were saved under."""
         shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(0)), nnx.Param)))
-        return self.manager.restore(step, args=ocp.args.Composite(params=restore_onto(shapes, sharding)))['params']
+        params = restore_onto(shapes, jax.tree.map(lambda _: sharding, shapes))
+        return self.manager.restore(step, args=ocp.args.Composite(params=params))['params']
 
     def state(self, step, config, tx, mesh):
         """The whole training state, onto the mesh's devices, however many wrote it."""
         params, optimizer = split_items(jax.eval_shape(lambda: create_train_state(GPT(config, rngs=nnx.Rngs(0)), tx)))
         items = self.manager.restore(step, args=ocp.args.Composite(
-            params=restore_onto(params, replicated(mesh)), optimizer=restore_onto(optimizer, replicated(mesh))))
+            params=restore_onto(params, shardings(params, mesh)), optimizer=restore_onto(optimizer, shardings(optimizer, mesh))))
         return {'params': items['params'], **items['optimizer']}
 
 
@@ -262,5 +276,6 @@ def split_items(state):
     return state['params'], {k: v for k, v in state.items() if k != 'params'}
 
 
-def restore_onto(shapes, sharding):
-    return ocp.args.StandardRestore(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes))
+def restore_onto(shapes, shardings):
+    return ocp.args.StandardRestore(jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, shardings))

@@ -3,17 +3,12 @@ What train_jax.py is made of: pure functions with explicit arguments.
 Schedule and optimizer, batches, devices and sharding, the jitted steps, what a run is stopped by.
 """
 
-import ctypes
-import hashlib
-import importlib.util
 import json
 import math
 import os
 import pickle
-import platform as machine
 import signal
-import sys
-import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_transformer import GPT, GPTConfig, UserError, optional_import
-
-
-def report_user_error(kind, error, traceback):
-    """sys.excepthook of the scripts: a UserError is one line, everything else keeps its traceback."""
-    if issubclass(kind, UserError):
-        print(f'error: {error}', file=sys.stderr)
-    elif 'RESOURCE_EXHAUSTED' in str(error):
-        print(f'error: out of memory ({str(error).splitlines()[0]}). To train in less: a smaller --batch_size with a larger '
-              '--gradient_accumulation_steps (the same tokens per iteration), or --remat=True', file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-def print_or_go_on(*args):
-    """print, but a reader that is gone (tee dies of the same Ctrl-C) does not end the run: it goes on unheard."""
-    try:
-        print(*args)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
+from jax_transformer import GPT, UserError, optional_import
 
 # -----------------------------------------------------------------------------
 # learning rate and optimizer
@@ -255,121 +230,10 @@ def _gpt2_codec():
 # -----------------------------------------------------------------------------
 # devices and sharding
 
-# bf16 dense peaks in FLOP/s, from the makers' data sheets; the first name found in the device's own counts
-PEAK_FLOPS = {
-    'h100 nvl': 835e12, 'h100 pcie': 756.5e12, 'h100': 989.5e12, 'h200 nvl': 836e12, 'h200': 989.5e12,
-    'a100': 312e12, 'l40s': 362e12, 'l40': 181e12, 'l4': 121e12, 'rtx 4090': 165.2e12,
-    'tpu v4': 275e12, 'tpu v5 lite': 197e12, 'tpu v5e': 197e12, 'tpu v5p': 459e12, 'tpu v5': 459e12,
-    'tpu v6 lite': 918e12, 'tpu v6e': 918e12,
-}
-
-
-def peak_flops(device):
-    """(peak FLOP/s of a device in bfloat16, what it is the peak of). nanoGPT's A100 where the device is not known."""
-    kind = device.device_kind.lower()
-    for name, peak in PEAK_FLOPS.items():
-        if name in kind:
-            return peak, device.device_kind
-    return PEAK_FLOPS['a100'], 'an A100'
-
-
-def select_devices(device='auto'):
-    """The devices that --device names: auto, cpu, gpu or cuda, cuda:1 for one of them, tpu.
-
-    To be called before JAX is used otherwise. Raises UserError for what is absent or unknown.
-    """
-    platform, _, index = device.partition(':')
-    if platform == 'mps':
-        raise UserError("device 'mps' is PyTorch's name for Apple's GPU, which JAX does not support well; use --device=cpu")
-    if platform not in ('auto', 'cpu', 'gpu', 'cuda', 'tpu') or (index and not index.isdecimal()):
-        raise UserError(f'device is {device!r}; it must be auto, cpu, gpu, cuda, tpu, or one of several such as cuda:1')
-    if platform == 'cpu':
-        jax.config.update('jax_platforms', 'cpu')  # leaves a GPU to others
-    try:
-        devices = jax.devices(None if platform == 'auto' else platform)
-    except (RuntimeError, AssertionError) as e:  # an assertion where JAX_PLATFORMS names what is not there
-        raise UserError(f'device {device!r} was asked for, but JAX has none ({" ".join(str(e).split()) or "see JAX_PLATFORMS"}); '
-                        'use --device=cpu, or install the JAX for that device (see requirements_jax.txt)') from e
-    if index:
-        if int(index) >= len(devices):
-            raise UserError(f'device {device!r} was asked for, but there are only {len(devices)}, counted from 0')
-        devices = [devices[int(index)]]
-    if platform == 'auto' and devices[0].platform == 'cpu' and os.path.exists('/dev/nvidia0'):
-        print('WARNING: this machine has an NVIDIA GPU, but JAX sees only the CPU; see requirements_jax.txt')
-    if devices[0].platform == 'cpu':
-        keep_freed_memory()
-    jax.config.update('jax_default_device', devices[0])
-    return devices
-
-
-def keep_freed_memory():
-    """Have glibc keep freed memory for the next step, in place of handing it back to the kernel; nothing elsewhere."""
-    # a step's temporary memory comes from malloc, and above 32 MB it would be mapped, zeroed and unmapped at every step
-    if machine.libc_ver()[0] == 'glibc':
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-        mallopt(-2, 2 ** 28)  # M_TOP_PAD: it grows by 256 MB at a time
-
-
-def enable_compilation_cache():
-    """Keep compiled programs for the next start, in the user's cache folder; JAX_COMPILATION_CACHE_DIR wins."""
-    # a damaged entry, or a full disk, costs a compilation and nothing else
-    warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
-    if jax.config.jax_compilation_cache_dir:
-        return
-    home = os.environ.get('XDG_CACHE_HOME', '')
-    if not os.path.isabs(home):  # the XDG standard has relative ones ignored
-        home = os.path.join(os.path.expanduser('~'), '.cache')
-    folder = os.path.join(home, 'nanogpt-jax', cpu_key())
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        print(f'compiled programs are not kept for the next start: {e}')
-        return
-    jax.config.update('jax_compilation_cache_dir', folder)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-    if importlib.util.find_spec('filelock'):  # which JAX needs to keep the folder small
-        jax.config.update('jax_compilation_cache_max_size', 2 ** 31)
-
-
-def cpu_key():
-    """A name for this kind of CPU: a program compiled for one may crash another, and home folders are shared."""
-    features = machine.machine() + machine.processor()
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as f:
-            features += next(line for line in f if line.lower().startswith(('flags', 'features')))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a CPU of another kind
-    return hashlib.sha256(features.encode()).hexdigest()[:16]
-
-
-def attention_path(attention, compute_type, head_size, device):
-    """'cudnn' or 'xla': where the attention of a model is computed, 'auto' being the faster one that this device has.
-
-    cuDNN's kernel is there on NVIDIA GPUs from Ampere on, in 16 bits, for head sizes that are multiples of 8 up to 128.
-    Raises UserError for what is unknown, and for 'cudnn' elsewhere.
-    """
-    if attention not in ('auto', 'cudnn', 'xla'):
-        raise UserError(f'attention is {attention!r}; it must be auto, cudnn or xla')
-    fits = ('nvidia' in device.device_kind.lower() and float(device.compute_capability) >= 8 and compute_type != 'float32'
-            and head_size % 8 == 0 and head_size <= 128)
-    if attention == 'cudnn' and not fits:
-        raise UserError('cuDNN attention needs an NVIDIA GPU from Ampere on, bfloat16 or float16, and a head size that is a '
-                        f'multiple of 8 up to 128; here it is {device.device_kind}, {compute_type} and {head_size}: use '
-                        '--attention=xla or auto')
-    return 'cudnn' if fits and attention != 'xla' else 'xla'
-
-
-def compute_dtype(dtype, devices):
-    """The compute type that `dtype` comes to on these devices: float32 on a CPU, as in nanoGPT."""
-    GPTConfig(dtype=dtype)  # refuses a type that there is not
-    return 'float32' if devices[0].platform == 'cpu' else dtype
-
-
-def make_mesh(devices):
-    """One mesh with the axes data and fsdp, all devices on data."""
-    return jax.make_mesh((len(devices), 1), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2, devices=devices)
+def make_mesh(devices, fsdp=1):
+    """One mesh with the axes data and fsdp; fsdp devices share a copy of the training state."""
+    shape = len(devices) // fsdp, fsdp
+    return jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def micro_batch_rows(batch_size, block_size, n_embd, platform):
@@ -378,19 +242,76 @@ def micro_batch_rows(batch_size, block_size, n_embd, platform):
     return min(batch_size, max(1, 2 ** 18 // (block_size * n_embd))) if platform == 'cpu' else batch_size
 
 
-def share_rows(n_rows, micro_rows, n_devices):
+def share_rows(n_rows, micro_rows, n_devices, fsdp=1, n_processes=1):
     """How a step's rows are shared: (devices used, micro-steps).
 
-    Uses the largest number of devices that divides the rows; each takes an equal share, in the fewest
-    equal micro-batches of at most micro_rows rows.
+    Uses the largest number of devices that divides the rows, in groups of fsdp and as many of each process; each takes an
+    equal share, in the fewest equal micro-batches of at most micro_rows rows. Raises UserError where there is no such number.
     """
-    used = max(n for n in range(1, n_devices + 1) if n_rows % n == 0)
+    def numbers(fsdp):
+        return [n for n in range(1, n_devices + 1) if n_rows % n == n % fsdp == n % n_processes == 0]
+    used = max((n for n in numbers(fsdp) if n_devices % fsdp == 0), default=None)
+    if used is None:
+        possible = [f for f in range(1, n_devices + 1) if n_devices % f == 0 and numbers(f)]
+        raise UserError(f'{n_devices} devices of {n_processes} processes cannot share the {n_rows} rows of a step equally with '
+                        f'fsdp={fsdp}; ' + (f'with these rows fsdp can be {", ".join(map(str, possible))}' if possible else
+                                            'let gradient_accumulation_steps * batch_size be a multiple of both numbers'))
     share = n_rows // used
     return used, share // max(m for m in range(1, micro_rows + 1) if share % m == 0)
 
 
-def replicated(mesh):
-    return NamedSharding(mesh, PartitionSpec())
+def take_devices(devices, n):
+    """n of the devices, as many of each process."""
+    processes = [[d for d in devices if d.process_index == p] for p in sorted({d.process_index for d in devices})]
+    return [d for own in processes for d in own[:n // len(processes)]]
+
+
+def partition_specs(tree, mesh):
+    """How each array of a tree lies on the mesh: split over fsdp along the first of its dimensions that divides, whole on
+    every device where it has less than two dimensions or none divides. The same for a parameter and its moments."""
+    def spec(a):
+        n = mesh.shape['fsdp']
+        split = next((d for d, size in enumerate(a.shape) if size % n == 0), None) if n > 1 and a.ndim > 1 else None
+        return PartitionSpec() if split is None else PartitionSpec(*[None] * split, 'fsdp')
+    return jax.tree.map(spec, tree)
+
+
+def shardings(tree, mesh):
+    """partition_specs on the mesh's devices."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh))
+
+
+def state_bytes(state):
+    """(bytes that one device holds of a training state, bytes of the whole)."""
+    leaves = jax.tree.leaves(state)
+    return (sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves), sum(a.nbytes for a in leaves))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(w, dim, dtype):
+    """The whole of a parameter, in dtype, from the shards that the devices of fsdp hold of it along dim.
+
+    The gradient comes back summed over them in the shard's own type, each device getting its part of it.
+    """
+    return jax.lax.all_gather(w.astype(dtype), 'fsdp', axis=dim, tiled=True)
+
+
+def _gather_backward(dim, dtype, w, g):
+    return jax.lax.psum_scatter(g.astype(w.dtype), 'fsdp', scatter_dimension=dim, tiled=True),
+
+
+gather.defvjp(lambda w, dim, dtype: (gather(w, dim, dtype), w), _gather_backward)
+
+
+def whole_model(graphdef, params, specs):
+    """The model, of a device's shards of its parameters; kernels, used in products alone, travel in the compute type."""
+    dtype = nnx.merge(graphdef, params).config.dtype
+
+    def whole(path, w, spec):
+        if 'fsdp' not in spec:
+            return w
+        return gather(w, spec.index('fsdp'), dtype if path[-1].key == 'kernel' else 'float32')
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(whole, params, specs))
 
 
 def batch_sharding(mesh, ndim):
@@ -406,24 +327,33 @@ def shard_batch(mesh, *arrays):
 # -----------------------------------------------------------------------------
 # the training state and the jitted steps
 
-def create_train_state(model, tx):
-    """{'params', 'opt_state', 'loss_scale'} of a model: plain dicts of arrays, which jit dispatches fastest."""
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+def train_state(params, tx):
+    """{'params', 'opt_state', 'loss_scale'} for parameters: plain dicts of arrays, which jit dispatches fastest."""
     # the loss scale is there for every dtype, so that a run can be resumed in another; GradScaler's first scale
     loss_scale = {'scale': jnp.float32(65536), 'good_steps': jnp.int32(0)}
     return {'params': params, 'opt_state': tx.init(params), 'loss_scale': loss_scale}
+
+
+def create_train_state(model, tx):
+    """The training state of a model."""
+    return train_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), tx)
 
 
 def init_train_state(config, tx, seed, mesh):
     """The state of a new model, created on the mesh's devices."""
     def init():
         return create_train_state(GPT(config, rngs=nnx.Rngs(seed)), tx)
-    return jax.jit(init, out_shardings=replicated(mesh))()
+    return jax.jit(init, out_shardings=shardings(jax.eval_shape(init), mesh))()
 
 
 def place_train_state(model, tx, mesh):
     """The state of a model that has weights already, on the mesh's devices."""
-    return jax.device_put(create_train_state(model, tx), replicated(mesh))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    placed = jax.tree.map(lambda p, s: jax.make_array_from_callback(p.shape, s, np.asarray(p).__getitem__),
+                          params, shardings(params, mesh))
+    def init(params):
+        return train_state(params, tx)
+    return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh), donate_argnums=0)(placed)
 
 
 def split_model(config):
@@ -452,32 +382,50 @@ def keep_if_overflown(finite, new, old):
     return jax.tree.map(choose, new, old, is_leaf=lambda s: isinstance(s, optax.ScaleByScheduleState))
 
 
-def make_train_step(graphdef, tx, seed, scale_loss=False):
+def make_train_step(graphdef, tx, seed, mesh=None, scale_loss=False):
     """The jitted step(state, x, y, iter_num) -> (state, metrics): one optimizer step. It donates the state.
 
-    x, y: int (micro-steps, rows, T); the gradient is the mean over the micro-steps, in float32.
+    x, y: int (micro-steps, rows, T), the rows split over the devices of mesh (None: the first device alone); the
+    gradient is the mean over all of them, in float32.
     metrics: float32 scalars loss (the mean) and grad_norm (before clipping), and loss_scale with scale_loss.
     scale_loss: dynamic loss scaling, for float16; a step whose gradient overflows changes no weight.
     """
-    def loss_fn(params, x, y, key, scale):
-        model = nnx.merge(graphdef, params)
-        _, loss = model(x, y, rngs=nnx.Rngs(dropout=key))
+    mesh = mesh or make_mesh(jax.devices()[:1])
+
+    def loss_fn(params, specs, x, y, key, scale):
+        _, loss = whole_model(graphdef, params, specs)(x, y, rngs=nnx.Rngs(dropout=key))
         return loss * scale, loss
 
-    def train_step(state, x, y, iter_num):
-        params, n_micro = state['params'], x.shape[0]
-        key = jax.random.fold_in(jax.random.key(seed), iter_num)
-        scale = state['loss_scale']['scale'] if scale_loss else 1.0
+    def accumulate(params, x, y, key, scale, specs):
+        """The mean loss, and its gradient times scale; what each device does with its rows and its shards of params."""
+        n_micro = x.shape[0]
+        key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
 
         def micro_step(total, batch):
             i, x, y = batch
-            grads, loss = jax.grad(loss_fn, has_aux=True)(params, x, y, jax.random.fold_in(key, i), scale)
+            grads, loss = jax.grad(loss_fn, has_aux=True)(params, specs, x, y, jax.random.fold_in(key, i), scale)
             return jax.tree.map(jnp.add, total, (grads, loss)), None
 
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
-        (grads, loss), _ = jax.lax.scan(micro_step, zeros, (jnp.arange(n_micro), x, y))
-        grads = jax.tree.map(lambda g: g / (n_micro * scale), grads)
-        metrics = {'loss': loss / n_micro, 'grad_norm': optax.tree.norm(grads)}
+        sums, _ = jax.lax.scan(micro_step, zeros, (jnp.arange(n_micro), x, y))
+
+        def mean(total, spec):
+            # the devices' sums are added once, here; along fsdp gather's gradient has done it for all that is split
+            axes = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in spec)
+            return jax.lax.psum(total, axes) / (n_micro * mesh.size)
+        return jax.tree.map(mean, sums, (specs, PartitionSpec()))
+
+    def train_step(state, x, y, iter_num):
+        params = state['params']
+        key = jax.random.fold_in(jax.random.key(seed), iter_num)
+        scale = state['loss_scale']['scale'] if scale_loss else jnp.float32(1)
+        specs, rows = partition_specs(params, mesh), batch_sharding(mesh, 3).spec
+        # nothing in it is divided or moved between devices but by the code itself
+        grads, loss = jax.shard_map(partial(accumulate, specs=specs), mesh=mesh, check_vma=False,
+                                    in_specs=(specs, rows, rows, PartitionSpec(), PartitionSpec()),
+                                    out_specs=(specs, PartitionSpec()))(params, x, y, key, scale)
+        grads = jax.tree.map(lambda g: g / scale, grads)
+        metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
 
         updates, opt_state = tx.update(grads, state['opt_state'], params)
         new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state, 'loss_scale': state['loss_scale']}
@@ -487,21 +435,33 @@ def make_train_step(graphdef, tx, seed, scale_loss=False):
             new['params'] = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new['params'], params)
             new['opt_state'] = keep_if_overflown(finite, opt_state, state['opt_state'])
             new['loss_scale'] = update_loss_scale(state['loss_scale'], finite)
-        return new, metrics
+        return jax.lax.with_sharding_constraint(new, shardings(new, mesh)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(graphdef):
+def make_eval_step(graphdef, mesh=None):
     """The jitted step(params, x, y) -> (losses, counts), float32 and int (n,), dropout off: the mean loss of each of n
-    batches, and how many targets are in it. x, y: int (n, rows, T); targets of -1 do not count."""
-    @jax.jit
-    def eval_step(params, x, y):
+    batches, and how many targets are in it. x, y: int (n, rows, T), the rows split over the devices of mesh (None: the
+    first device alone); targets of -1 do not count."""
+    mesh = mesh or make_mesh(jax.devices()[:1])
+
+    def batch_losses(params, x, y, specs):
+        """The same on each device, with its rows."""
+        model = whole_model(graphdef, params, specs)
+
         def batch_loss(_, batch):
             x, y = batch
-            _, loss = nnx.merge(graphdef, params)(x, y)
-            return None, (loss, (y != -1).sum())
-        return jax.lax.scan(batch_loss, None, (x, y))[1]
+            count = (y != -1).sum()
+            return None, (jnp.where(count > 0, model(x, y)[1] * count, 0), count)
+        totals, counts = jax.lax.psum(jax.lax.scan(batch_loss, None, (x, y))[1], mesh.axis_names)
+        return totals / counts, counts
+
+    @jax.jit
+    def eval_step(params, x, y):
+        specs, rows = partition_specs(params, mesh), batch_sharding(mesh, 3).spec
+        return jax.shard_map(partial(batch_losses, specs=specs), mesh=mesh, check_vma=False,
+                             in_specs=(specs, rows, rows), out_specs=PartitionSpec())(params, x, y)
     return eval_step
 
 
@@ -529,7 +489,7 @@ def check_settings(config):
     """Raise UserError for numbers that no run can be made of, among the settings that config has."""
     at_least = dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1, block_size=1,
                     n_layer=1, n_head=1, n_embd=1, seed=0, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0,
-                    min_lr=0, weight_decay=0, grad_clip=0, beta1=0, beta2=0)
+                    min_lr=0, weight_decay=0, grad_clip=0, beta1=0, beta2=0, fsdp=1, peer_timeout=1)
     for name, least in ((name, least) for name, least in at_least.items() if name in config):
         if not least <= config[name] < math.inf:
             raise UserError(f'{name} is {config[name]}; it must be at least {least}')
@@ -541,7 +501,8 @@ def check_settings(config):
 class StopRequest:
     """Remembers the first SIGTERM or SIGINT, for the loop to end at the next step; the second ends the process at once.
 
-    Under jax.distributed SIGTERM is left to its own handler, by which all processes agree on the step to end at.
+    Under jax.distributed SIGTERM is left to its own handler, by which all processes agree on the step to end at, and
+    SIGINT is passed on as SIGTERM.
     """
 
     def __init__(self):
@@ -551,7 +512,10 @@ class StopRequest:
             signal.signal(signum, self._remember)
 
     def _remember(self, signum, frame):
-        self.signum = signal.Signals(signum)
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.signum = signal.Signals(signum)
         for each in self.signals:
             signal.signal(each, signal.SIG_DFL)
 
@@ -581,17 +545,19 @@ def find_non_finite(iter_num, numbers):
 # -----------------------------------------------------------------------------
 # resuming
 
-def crop_state(state, block_size):
+def crop_state(state, block_size, mesh):
     """GPT.crop_block_size for a whole training state: the position embeddings and their moments."""
     def crop(path, leaf):
         return leaf[:block_size] if any(getattr(k, 'key', None) == 'wpe' for k in path) else leaf
-    return jax.tree_util.tree_map_with_path(crop, state)
+    def cropped(state):
+        return jax.tree_util.tree_map_with_path(crop, state)
+    return jax.jit(cropped, out_shardings=shardings(jax.eval_shape(cropped, state), mesh))(state)
 
 
 # what the checkpoint decides: no weights fit another shape
 MODEL_SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias')
 # what belongs to the command and the machine, and is never taken from a checkpoint
-NOT_RESUMED = ('init_from', 'out_dir', 'eval_only', 'device', 'attention', 'compilation_cache')
+NOT_RESUMED = ('init_from', 'out_dir', 'eval_only', 'device', 'attention', 'compilation_cache', 'fsdp', 'peer_timeout')
 
 
 def merge_resumed_config(config, given, saved):

@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from jax_checkpoint import Checkpoints
-from jax_train_utils import compute_dtype, create_codec, read_prompt, report_user_error, select_devices, split_model
+from jax_devices import compute_dtype, report_user_error, select_devices
+from jax_train_utils import create_codec, read_prompt, split_model
 from jax_transformer import GPT, GPTConfig, UserError
 
 # -----------------------------------------------------------------------------

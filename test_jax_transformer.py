@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+import jax_devices
 import jax_train_utils as utils
 import jax_transformer
 from jax_checkpoint import Checkpoints, find_damage
@@ -110,7 +111,7 @@ def assert_refused(call, *words):
 @functools.cache  # tests share what they compile
 def jitted_step(graphdef, seed, scale_loss):
     tx = utils.create_optimizer(lambda it: 1e-2, weight_decay=0.1, betas=(0.9, 0.95), grad_clip=0.1)
-    return tx, utils.make_train_step(graphdef, tx, seed, scale_loss)
+    return tx, utils.make_train_step(graphdef, tx, seed, scale_loss=scale_loss)
 
 
 def make_step(model, seed=0, scale_loss=False):
@@ -120,23 +121,24 @@ def make_step(model, seed=0, scale_loss=False):
 
 
 def fresh_state(model, tx):
-    return jax.tree.map(jnp.copy, utils.create_train_state(model, tx))
+    state = utils.create_train_state(model, tx)
+    return jax.device_put(jax.tree.map(jnp.copy, state), utils.shardings(state, utils.make_mesh(jax.devices()[:1])))
 
 
 # -----------------------------------------------------------------------------
 
 @area('devices')
 def test_every_device_is_in_the_mesh():
-    devices = utils.select_devices('auto')
+    devices = jax_devices.select_devices('auto')
     mesh = utils.make_mesh(devices)
     assert mesh.axis_names == ('data', 'fsdp') and mesh.shape['data'] == len(devices) == len(jax.devices())
 
 
 @area('devices')
 def test_absent_and_unknown_devices_are_refused_by_name():
-    assert_refused(lambda: utils.select_devices('mps'), 'mps', '--device=cpu')
-    assert_refused(lambda: utils.select_devices('gtx'), "'gtx'", 'auto')
-    assert_refused(lambda: utils.select_devices('auto:99'), 'auto:99')
+    assert_refused(lambda: jax_devices.select_devices('mps'), 'mps', '--device=cpu')
+    assert_refused(lambda: jax_devices.select_devices('gtx'), "'gtx'", 'auto')
+    assert_refused(lambda: jax_devices.select_devices('auto:99'), 'auto:99')
 
 
 @area('devices')
@@ -164,13 +166,14 @@ def test_attention_is_fused_only_where_the_kernel_exists():
         def __init__(self, device_kind, compute_capability=None):
             self.device_kind, self.compute_capability = device_kind, compute_capability
     h200 = Device('NVIDIA H200', '9.0')
-    assert utils.attention_path('auto', 'bfloat16', 64, h200) == utils.attention_path('cudnn', 'float16', 128, h200) == 'cudnn'
+    for case in (('auto', 'bfloat16', 64, h200), ('cudnn', 'float16', 128, h200)):
+        assert jax_devices.attention_path(*case) == 'cudnn', case
     for case in (('xla', 'bfloat16', 64, h200), ('auto', 'float32', 64, h200), ('auto', 'bfloat16', 12, h200),
                  ('auto', 'bfloat16', 256, h200), ('auto', 'bfloat16', 64, Device('Tesla V100 (NVIDIA)', '7.0')),
                  ('auto', 'bfloat16', 64, Device('TPU v4')), ('auto', 'bfloat16', 64, Device('cpu'))):
-        assert utils.attention_path(*case) == 'xla'
-    assert_refused(lambda: utils.attention_path('cudnn', 'bfloat16', 64, Device('cpu')), 'NVIDIA', '--attention=xla')
-    assert_refused(lambda: utils.attention_path('flash', 'bfloat16', 64, h200), "'flash'", 'auto, cudnn or xla')
+        assert jax_devices.attention_path(*case) == 'xla'
+    assert_refused(lambda: jax_devices.attention_path('cudnn', 'bfloat16', 64, Device('cpu')), 'NVIDIA', '--attention=xla')
+    assert_refused(lambda: jax_devices.attention_path('flash', 'bfloat16', 64, h200), "'flash'", 'auto, cudnn or xla')
 
 
 @area('devices')
@@ -178,11 +181,11 @@ def test_specific_device_names_win_over_generic_ones():
     class Device:
         def __init__(self, device_kind):
             self.device_kind = device_kind
-    assert utils.peak_flops(Device('NVIDIA H100 PCIe'))[0] < utils.peak_flops(Device('NVIDIA H100 80GB HBM3'))[0]
-    assert utils.peak_flops(Device('NVIDIA L40S'))[0] > utils.peak_flops(Device('NVIDIA L4'))[0]
-    assert utils.peak_flops(Device('NVIDIA H200 NVL'))[0] < utils.peak_flops(Device('NVIDIA H200'))[0]
-    assert utils.peak_flops(Device('TPU v5p'))[0] > utils.peak_flops(Device('TPU v5 lite'))[0]
-    assert utils.peak_flops(Device('abacus')) == (utils.PEAK_FLOPS['a100'], 'an A100')
+    assert jax_devices.peak_flops(Device('NVIDIA H100 PCIe'))[0] < jax_devices.peak_flops(Device('NVIDIA H100 80GB HBM3'))[0]
+    assert jax_devices.peak_flops(Device('NVIDIA L40S'))[0] > jax_devices.peak_flops(Device('NVIDIA L4'))[0]
+    assert jax_devices.peak_flops(Device('NVIDIA H200 NVL'))[0] < jax_devices.peak_flops(Device('NVIDIA H200'))[0]
+    assert jax_devices.peak_flops(Device('TPU v5p'))[0] > jax_devices.peak_flops(Device('TPU v5 lite'))[0]
+    assert jax_devices.peak_flops(Device('abacus')) == (jax_devices.PEAK_FLOPS['a100'], 'an A100')
 
 
 # -----------------------------------------------------------------------------
@@ -673,7 +676,7 @@ def test_estimated_loss_is_the_mean_over_the_drawn_rows():
     with tempfile.TemporaryDirectory() as folder:
         for split in ('train', 'val'):
             write_split(folder, tokens(500, seed=len(split)), split)
-        step, params = utils.make_eval_step(eval_graphdef), params_of(model)
+        step, params = utils.make_eval_step(eval_graphdef, mesh), params_of(model)
         # in batches of their own, and in pieces of four rows, the last of which is filled up with rows that do not count
         got, pieces = (utils.estimate_loss(step, params, mesh, folder, 3, 5, 16, rows) for rows in (5, 4))
         for split in ('train', 'val'):
@@ -731,14 +734,14 @@ def test_a_checkpoint_comes_back_bit_for_bit():
     state = utils.init_train_state(GPTConfig(**TINY), tx, 0, mesh)
     graphdef = utils.split_model(GPTConfig(**TINY))[1]
     x = tokens(1, 8 * len(jax.devices()), 16)
-    state, _ = utils.make_train_step(graphdef, tx, 0)(state, *utils.shard_batch(mesh, x, x), 0)
+    state, _ = utils.make_train_step(graphdef, tx, 0, mesh)(state, *utils.shard_batch(mesh, x, x), 0)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(folder)
         save(checkpoints, state, 7)
         checkpoints.close()
         checkpoints = Checkpoints(folder, read_only=True)
         restored = checkpoints.state(7, GPTConfig(**TINY), tx, mesh)
-        params = checkpoints.params(7, GPTConfig(**TINY), utils.replicated(mesh))
+        params = checkpoints.params(7, GPTConfig(**TINY), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         meta = checkpoints.meta(7)
     assert_equal_trees(restored, state)
     assert_equal_trees(params, state['params'])
@@ -795,7 +798,7 @@ def test_no_checkpoint_is_refused():
 @area('checkpoint round trip')
 def test_cropping_a_state_crops_its_moments():
     tx = utils.create_optimizer(lambda it: 1e-2, 0.1, (0.9, 0.95), 1.0)
-    state = utils.crop_state(utils.create_train_state(tiny(), tx), 8)
+    state = utils.crop_state(utils.create_train_state(tiny(), tx), 8, utils.make_mesh(jax.devices()[:1]))
     want = utils.create_train_state(tiny(block_size=8), tx)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, want)
     np.testing.assert_array_equal(state['params']['transformer']['wpe']['embedding'],

@@ -19,14 +19,20 @@ import numpy as np
 import optax
 
 from jax_checkpoint import Checkpoints, steps_on_disk
+from jax_devices import (
+    attention_path, compute_dtype, enable_compilation_cache, launched_as, mute_all_but_first, peak_flops,
+    print_or_go_on as print, report_user_error, select_devices, start_processes,
+)
 from jax_train_utils import (
-    StopRequest, attention_path, check_settings, check_tokens, compute_dtype, create_learning_rate_schedule,
-    create_optimizer, crop_state, decay_groups, enable_compilation_cache, estimate_loss, find_non_finite, get_train_batch,
-    init_train_state, load_meta, make_eval_step, make_mesh, make_train_step, merge_resumed_config, micro_batch_rows, count_tokens,
-    peak_flops, place_train_state, print_or_go_on as print, report_user_error, select_devices, share_rows, split_model,
+    StopRequest, check_settings, check_tokens, count_tokens, create_learning_rate_schedule, create_optimizer, crop_state,
+    decay_groups, estimate_loss, find_non_finite, get_train_batch, init_train_state, load_meta, make_eval_step, make_mesh,
+    make_train_step, merge_resumed_config, micro_batch_rows, place_train_state, share_rows, split_model, state_bytes,
+    take_devices,
 )
 from jax_transformer import GPT, GPT_ARGS, GPTConfig, UserError, optional_import
 
+sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
+mute_all_but_first(launched_as()[0])
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 (124M) on OpenWebText
 # files and logging
@@ -72,19 +78,21 @@ attention = 'auto' # 'cudnn', the fused kernel of NVIDIA GPUs, 'xla', or the fas
 remat = False # compute each block again in the backward pass: less memory, a third more work
 compilation_cache = True # keep compiled programs in the user's cache folder, for a quick start the next time
 compile = True # no meaning here: XLA always compiles
+fsdp = 1 # so many devices share one copy of weights, gradients and optimizer state; the batch is shared by all in any case
+peer_timeout = 100 # of several processes: seconds of silence after which one counts as dead, which ends the others
 backend = 'nccl' # no meaning here: XLA chooses its own
 from configurator import configure
 config, given = configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------
 
 sys.stdout.reconfigure(line_buffering=True) # log lines reach a pipe or file when they are printed
-sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 
-# devices first: --device must be known before JAX is used
+# processes and devices first: --device must be known before JAX is used
+start_processes(device, peer_timeout)
 devices = select_devices(device)
 if compilation_cache:
     enable_compilation_cache()
-print(f'platform: {devices[0].platform}, devices: {len(devices)} ({devices[0].device_kind})')
+print(f'platform: {devices[0].platform}, devices: {len(devices)} ({devices[0].device_kind}), processes: {jax.process_count()}')
 for key in sorted(given & {'compile', 'backend'}):
     print(f'--{key} has no counterpart here and is ignored: XLA always compiles, and brings its own communication')
 
@@ -113,10 +121,10 @@ if init_from != 'resume' and not eval_only and steps_on_disk(out_dir):
 # the rows of a step, shared by the devices
 n_rows = gradient_accumulation_steps * batch_size
 micro_rows = micro_batch_rows(batch_size, block_size, n_embd, devices[0].platform)
-n_devices, n_micro = share_rows(n_rows, micro_rows, len(devices))
+n_devices, n_micro = share_rows(n_rows, micro_rows, len(devices), fsdp, jax.process_count())
 if n_devices < len(devices):
     print(f'using {n_devices} of {len(devices)} devices: {n_rows} rows a step cannot be shared equally by more')
-mesh = make_mesh(devices[:n_devices])
+mesh = make_mesh(take_devices(devices, n_devices), fsdp)
 print(f'tokens per iteration will be: {n_rows * block_size:,}')
 compute_type = compute_dtype(dtype, devices)
 if compute_type != dtype:
@@ -150,7 +158,7 @@ elif init_from == 'resume':
     model_args = saved['model_args'] | dict(dropout=dropout)
     state = saved_checkpoints.state(iter_num, GPTConfig(**model_args), tx, mesh)
     if block_size < model_args['block_size']:
-        state = crop_state(state, block_size)
+        state = crop_state(state, block_size, mesh)
         model_args['block_size'] = block_size
 elif init_from.startswith('gpt2') or os.path.isdir(init_from):
     print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
@@ -171,12 +179,16 @@ print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 for name, tensors in zip(('decayed', 'non-decayed'), decay_groups(state['params'])):
     print(f'num {name} parameter tensors: {len(tensors)}, with {sum(p.size for p in tensors):,} parameters')
 
-train_step = make_train_step(train_graphdef, tx, seed, scale_loss=compute_type == 'float16')
-eval_step = make_eval_step(eval_graphdef)
+held, in_all = (n_bytes / 1e6 for n_bytes in state_bytes(state))
+print(f"mesh: data {mesh.shape['data']} x fsdp {fsdp}, {held:,.1f} MB of the {in_all:,.1f} MB of training state on each device")
+
+train_step = make_train_step(train_graphdef, tx, seed, mesh, scale_loss=compute_type == 'float16')
+eval_step = make_eval_step(eval_graphdef, mesh)
 peak, peak_of = peak_flops(devices[0])
 print(f'mfu is counted against {n_devices} x {peak / 1e12:g} TFLOP/s, the bfloat16 peak of {peak_of}')
 if eval_only and 'wandb_log' not in given:
     wandb_log = False # evaluating a checkpoint is not a run of its own
+wandb_log = wandb_log and jax.process_index() == 0 # of several processes the first alone logs
 if wandb_log:
     wandb = optional_import('wandb')
     wandb.init(project=wandb_project, name=wandb_run_name, config=config)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ TINY = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd
 COMPILED = tempfile.TemporaryDirectory()
 CACHE = {'JAX_COMPILATION_CACHE_DIR': COMPILED.name, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
+TRAIN = [sys.executable, os.path.join(ROOT, 'train_jax.py')]
 ITER = re.compile(r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (-?\d+\.\d{2})%$', re.M)
 STEP = re.compile(r'^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})$', re.M)
 
@@ -61,6 +63,34 @@ def train(folder, *args, **env):
     result = run(folder, 'train_jax.py', *TINY, *args, **env)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def start_processes(folder, n, *args, devices=1, command=TRAIN):
+    """n running processes of one training run, with so many devices each."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        address = f'localhost:{s.getsockname()[1]}'
+    env = os.environ | CACHE | {'PYTHONPATH': ROOT, 'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(n),
+                                'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    return [subprocess.Popen([*command, *args], cwd=folder, env=env | {'JAX_PROCESS_ID': str(i)}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(n)]
+
+
+def run_processes(folder, n, *args, devices=1):
+    """stdout of the first of n processes of a training run that must succeed."""
+    started = start_processes(folder, n, *args, devices=devices)
+    outputs = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0] * n, outputs
+    return outputs[0][0]
+
+
+def one_line_error(result, *words):
+    """A user's mistake: one line on stderr with these words, and exit code 1."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith('WARNING')]
+    assert len(lines) == 1 and lines[0].startswith('error: '), result.stderr
+    for word in words:
+        assert word in lines[0]
 
 
 def saved(folder, out_dir, step):

@@ -5,21 +5,18 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import CACHE, ITER, ROOT, TINY, run, saved, train
+from conftest import CACHE, ITER, ROOT, TINY, TRAIN, one_line_error, run, saved, start_processes, train
 
 from jax_checkpoint import CHECKSUMS, Checkpoints, find_damage
 
 KILLS = int(os.environ.get('KILLS', 5))  # 50 by hand, see JAX_README.md
 
-
-TRAIN = [sys.executable, os.path.join(ROOT, 'train_jax.py')]
 RESUME = ['--init_from=resume', '--device=cpu']
 
 
@@ -31,14 +28,6 @@ def start(folder, *args, command=TRAIN):
         if line.startswith('iter '):
             return process
     raise AssertionError(process.stderr.read())
-
-
-def one_line_error(result, *words):
-    assert result.returncode == 1, result.stdout + result.stderr
-    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith('WARNING')]
-    assert len(lines) == 1 and lines[0].startswith('error: '), result.stderr
-    for word in words:
-        assert word in lines[0]
 
 
 # -----------------------------------------------------------------------------
@@ -59,23 +48,17 @@ def test_a_stopped_run_is_saved_and_ends_as_if_never_stopped(folder, signum, cod
     np.testing.assert_equal(state, saved(folder, 'whole', last + 6)[0])
 
 
-@pytest.mark.parametrize('processes', [1, 2])
-def test_processes_under_jax_distributed_agree_on_the_step_to_stop_at(folder, processes):
-    code = 'import jax, runpy\njax.distributed.initialize("localhost:{}", {}, {})\nrunpy.run_path({!r}, run_name="__main__")'
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        port = s.getsockname()[1]
-    started = [subprocess.Popen(
-        [sys.executable, '-c', code.format(port, processes, i, TRAIN[1]), *TINY, '--max_iters=100000', '--log_interval=50'],
-        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | CACHE | {'PYTHONPATH': ROOT})
-        for i in range(processes)]
-    while not started[0].stdout.readline().startswith('iter '):
-        assert started[0].poll() is None, started[0].communicate()
-    started[-1].send_signal(signal.SIGTERM)  # the notice reaches one of them
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0] * processes, outputs
-    last = {re.search(r'stopped by SIGTERM before iteration (\d+)', out)[1] for out, _ in outputs}
-    assert last == {str(Checkpoints(folder / 'out_jax', read_only=True).newest_whole())}
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+def test_processes_agree_on_the_step_to_stop_at(folder, signum):
+    started = start_processes(folder, 2, *TINY, '--max_iters=100000', '--log_interval=50')
+    for line in started[0].stdout:
+        if line.startswith('iter '):
+            break
+    started[-1].send_signal(signum)  # the notice reaches one of them
+    (out, err), (_, other) = (process.communicate(timeout=120) for process in started)
+    assert [process.returncode for process in started] == [0, 0], err + other
+    last = re.search(r'stopped by SIGTERM before iteration (\d+)', out)[1]
+    assert last == str(Checkpoints(folder / 'out_jax', read_only=True).newest_whole())
 
 
 def test_a_log_reader_that_dies_of_the_same_ctrl_c_costs_nothing(folder):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ITER, ROOT, STEP, TINY, run, saved, train
 
-import jax_train_utils as utils
+import jax_devices
 from test_jax_transformer import make_step, tiny, tokens
 
 
@@ -56,7 +56,7 @@ def test_compiled_programs_are_kept_and_one_flag_turns_that_off(folder):
     train(folder, '--max_iters=0', '--compilation_cache=False', '--out_dir=one', **env)
     assert not (folder / 'cache').exists()
     train(folder, '--max_iters=0', '--out_dir=two', **env)
-    kept = sorted((folder / 'cache' / 'nanogpt-jax' / utils.cpu_key()).glob('*train_step*-cache'))
+    kept = sorted((folder / 'cache' / 'nanogpt-jax' / jax_devices.cpu_key()).glob('*train_step*-cache'))
     assert len(kept) == 1
     train(folder, '--max_iters=0', '--out_dir=three', **env)
     assert kept == sorted(kept[0].parent.glob('*train_step*-cache'))
@@ -68,7 +68,7 @@ def test_compiled_programs_are_kept_and_one_flag_turns_that_off(folder):
 
 def test_no_memory_is_one_line_that_names_what_helps(capsys):
     error = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nand much more')
-    utils.report_user_error(type(error), error, None)
+    jax_devices.report_user_error(type(error), error, None)
     line, = capsys.readouterr().err.splitlines()
     for word in ('allocating 99 bytes', '--batch_size', '--gradient_accumulation_steps', '--remat=True'):
         assert word in line
