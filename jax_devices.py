@@ -24,8 +24,8 @@ def report_user_error(kind, error, traceback):
 
     One of several processes ends at once: its normal exit would wait for others, which cannot go on either.
     """
-    several = jax.distributed.is_initialized() and jax.process_count() > 1
-    where = f' in process {jax.process_index()}' if several else ''
+    several = jax.distributed.is_initialized()
+    where = f' in process {launched_as()[0]}' if several else ''
     text = ' '.join(str(error).split())
     if issubclass(kind, UserError):
         print(f'error{where}: {error}', file=sys.stderr)

@@ -255,7 +255,7 @@ def share_rows(n_rows, micro_rows, n_devices, fsdp=1, n_processes=1):
         possible = [f for f in range(1, n_devices + 1) if n_devices % f == 0 and numbers(f)]
         raise UserError(f'{n_devices} devices of {n_processes} processes cannot share the {n_rows} rows of a step equally with '
                         f'fsdp={fsdp}; ' + (f'with these rows fsdp can be {", ".join(map(str, possible))}' if possible else
-                                            'let gradient_accumulation_steps * batch_size be a multiple of both numbers'))
+                                            'let gradient_accumulation_steps * batch_size be a multiple of the processes'))
     share = n_rows // used
     return used, share // max(m for m in range(1, micro_rows + 1) if share % m == 0)
 

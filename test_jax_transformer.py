@@ -150,6 +150,58 @@ def test_rows_are_shared_equally_and_all_of_them():
         for devices in range(1, 9):
             used, n_micro = utils.share_rows(rows, 4, devices)
             assert rows % (used * n_micro) == 0 and rows // (used * n_micro) <= 4
+    assert utils.share_rows(24, 12, 16, fsdp=4) == (12, 1)  # three groups of four
+    assert utils.share_rows(24, 12, 16, fsdp=4, n_processes=8) == (8, 1)  # one of each process
+    assert_refused(lambda: utils.share_rows(12, 12, 8, fsdp=8), 'fsdp=8', 'fsdp can be 1, 2, 4')
+    assert_refused(lambda: utils.share_rows(24, 12, 8, fsdp=3), 'fsdp=3', 'fsdp can be 1, 2, 4, 8')
+    assert_refused(lambda: utils.share_rows(5, 12, 8, n_processes=2), '2 processes', '5 rows')
+
+
+@area('devices')
+def test_every_process_gives_the_same_number_of_devices():
+    class Device:
+        def __init__(self, process_index):
+            self.process_index = process_index
+    devices = [Device(p) for p in (0, 0, 0, 1, 1, 1)]
+    assert utils.take_devices(devices, 4) == [*devices[:2], *devices[3:5]]
+
+
+@area('devices')
+def test_a_tensor_is_split_along_the_first_dimension_that_divides():
+    class Mesh:
+        shape = {'data': 2, 'fsdp': 4}
+    specs = utils.partition_specs([np.zeros(shape) for shape in ((8, 12), (65, 12), (65, 6), (8,), ())], Mesh)
+    assert [tuple(spec) for spec in specs] == [('fsdp',), (None, 'fsdp'), (), (), ()]
+
+
+@area('devices')
+def test_launchers_are_known_by_their_variables():
+    from unittest import mock
+    for env, want in (({}, (0, 1)), ({'JAX_PROCESS_ID': '1', 'JAX_NUM_PROCESSES': '3'}, (1, 3)),
+                      ({'SLURM_PROCID': '2', 'SLURM_STEP_NUM_TASKS': '4'}, (2, 4)),
+                      ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '4'}, (0, 1)),  # the shell of an allocation, not a task of it
+                      ({'OMPI_COMM_WORLD_RANK': '1', 'OMPI_COMM_WORLD_SIZE': '2'}, (1, 2))):
+        with mock.patch.dict(os.environ, env):
+            assert jax_devices.launched_as() == want, env
+
+
+@area('devices')
+def test_collectives_are_counted_in_a_programs_text():
+    hlo = """
+HloModule step
+%body (p: f32[2]) -> f32[2] {
+  %g = f32[8,4]{1,0} all-gather(%p), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %r = (f32[4]{0}, bf16[2]{0}) reduce-scatter(%a, %b), replica_groups=[2,2]<=[4], to_apply=%add
+}
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %w = f32[2]{0} while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %s = ((f32[2]{0}), (f32[8]{0})) all-gather-start(%w), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %a = f32[2]{0} all-reduce(%w), replica_groups={}, to_apply=%add
+}
+"""
+    assert jax_devices.collectives(hlo, 4) == [
+        ('all-gather', 128, 2, 3, True), ('reduce-scatter', 2 * (16 + 4), 2, 3, True),
+        ('all-gather', 32, 4, 1, False), ('all-reduce', 8, 4, 1, False)]
 
 
 @area('devices')

@@ -30,6 +30,7 @@ def assert_same_run(got, want, tolerance):
               for out in (got, want)]
     assert len(losses[0]) == len(losses[1]) > 12
     np.testing.assert_allclose(*losses, atol=tolerance)
+    return np.abs(np.subtract(*losses)).max()
 
 
 def spread(folder, out_dir, want_dir):
@@ -52,11 +53,11 @@ def test_losses_do_not_depend_on_devices_and_processes(one, processes, devices, 
         out = run_processes(folder, processes, *TINY, *flags, devices=devices)
     assert f'devices: {processes * devices} (cpu), processes: {processes}' in out
     assert f'mesh: data {processes * devices // fsdp} x fsdp {fsdp}, ' in out
-    # float32 sums in another order; a rounding of the printed digits
-    assert_same_run(out, want, 1e-4)
+    # float32 sums in another order, which may move the last of the printed digits
+    loss_difference = assert_same_run(out, want, 1.1e-4)
     # AdamW divides by the gradient's own size, so rounding shows more in the weights: 1.3e-6 was seen, steps are of 1e-2
     difference = spread(folder, out_dir, 'one')
-    print(f'{out_dir}: weights differ by {difference:.1e} after 13 steps')
+    print(f'{out_dir}: losses differ by {loss_difference:.4f}, weights by {difference:.1e} after 13 steps')
     assert difference < 1e-5
 
 
