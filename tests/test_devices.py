@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import jax
 import numpy as np
@@ -83,7 +82,7 @@ def test_devices_draw_masks_of_their_own():
             step = utils.make_train_step(utils.split_model(config)[1], tx, 0, mesh)
             rows = utils.shard_batch(mesh, *np.ones((2, 1, n, 8), np.int32))
             losses.append(float(step(utils.init_train_state(config, tx, 0, mesh), *rows, np.int32(0))[1]['loss']))
-        assert losses[0] != losses[1], losses
+        assert abs(losses[0] - losses[1]) > 1e-5, losses  # with the same masks, a rounding of 1e-7
     ''')
     result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=os.environ | EIGHT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -158,10 +157,10 @@ def test_checkpoints_move_between_devices_shardings_and_processes(one):
     assert [int(n) for n, *_ in got] == list(range(13))
     np.testing.assert_allclose([float(loss) for _, loss, *_ in got], [float(line[1]) for line in ITER.findall(want)], atol=1e-4)
     assert spread(folder, 'moved', 'one') < 1e-5
-    # 8 to 1, and cropped on the way: 12 positions are divided among 4 devices, 3 each
+    # 8 to 1, and cropped on the way: 4 devices do not divide 10 positions, so their table is split the other way
     train(folder, '--max_iters=2', '--fsdp=8', '--out_dir=cropped', **EIGHT)
-    assert 'iter 3: ' in resume(folder, 3, '--block_size=12', '--out_dir=cropped', '--fsdp=4', **EIGHT)
-    assert 'iter 4: ' in resume(folder, 4, '--out_dir=cropped')
+    assert 'iter 4: ' in resume(folder, 4, '--block_size=10', '--out_dir=cropped', '--fsdp=4', **EIGHT)
+    assert 'iter 5: ' in resume(folder, 5, '--out_dir=cropped')
 
 
 def resume(folder, max_iters, *flags, **env):
@@ -192,20 +191,20 @@ def test_each_process_reads_its_own_rows_and_the_first_alone_prints(folder):
         assert set(re.findall(r'^(train|val) (\d+)$', lines, re.M)) == {('train', '4'), ('train', '2'), ('val', '2')}
 
 
-@pytest.mark.parametrize('victim', [0, 1])
-def test_a_dead_process_ends_the_others_and_the_run_goes_on(folder, victim):
+@pytest.mark.parametrize('victim, signum, peer_timeout', [
+    (0, signal.SIGKILL, 10000), (1, signal.SIGKILL, 10000),  # noticed by an exchange that fails
+    (1, signal.SIGSTOP, 5)])  # and by silence
+def test_a_dead_process_ends_the_others_and_the_run_goes_on(folder, victim, signum, peer_timeout):
     started = start_processes(folder, 2, *TINY, '--max_iters=100000', '--log_interval=20', '--eval_interval=40',
-                              '--peer_timeout=10')
+                              f'--peer_timeout={peer_timeout}')
     for line in started[0].stdout:
         if line.startswith('iter 100:'):
             break
-    started[victim].send_signal(signal.SIGKILL)
-    t0 = time.time()
+    started[victim].send_signal(signum)
     survivor = started[1 - victim]
     _, err = survivor.communicate(timeout=60)
-    # by an exchange that fails at once, or by silence: the ten seconds asked for, and as many for JAX to notice
-    assert survivor.returncode != 0 and time.time() - t0 < 30
-    assert 'since one has ended' in err or 'another task died' in err
+    assert survivor.returncode != 0 and ('since one has ended' in err or 'another task died' in err), err
+    started[victim].kill()
     started[victim].communicate()
     out = run_processes(folder, 2, *RESUME, '--max_iters=130', '--eval_interval=1000')
     assert int(ITER.findall(out)[0][0]) % 20 == 0 and 'iter 120:' in out
