@@ -34,7 +34,7 @@ def report_user_error(kind, error, traceback):
               'larger --gradient_accumulation_steps (the same tokens per iteration), or --remat=True', file=sys.stderr)
     elif several and issubclass(kind, jax.errors.JaxRuntimeError):
         print(f'error{where}: the processes cannot go on together, most likely since one has ended (...{text[-150:]}). Start '
-              'of them again with --init_from=resume', file=sys.stderr)
+              'all of them again with --init_from=resume', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
     if several:
@@ -80,8 +80,10 @@ def start_processes(device, peer_timeout):
 
     SLURM, Open MPI and Cloud TPU are found by JAX itself; by hand it takes JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID. peer_timeout: seconds of silence after which a process counts as dead, which ends the others.
-    Raises UserError where one of the three is missing.
+    Raises UserError where one of the three is missing, and for a timeout below one second.
     """
+    if peer_timeout < 1:
+        raise UserError(f'peer_timeout is {peer_timeout}; it must be at least 1 second')
     process_id, n_processes = launched_as()
     on_tpu = (device in ('auto', 'tpu') and importlib.util.find_spec('libtpu')
               and glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*'))

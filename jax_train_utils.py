@@ -489,7 +489,7 @@ def check_settings(config):
     """Raise UserError for numbers that no run can be made of, among the settings that config has."""
     at_least = dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1, block_size=1,
                     n_layer=1, n_head=1, n_embd=1, seed=0, max_iters=0, warmup_iters=0, lr_decay_iters=0, learning_rate=0,
-                    min_lr=0, weight_decay=0, grad_clip=0, beta1=0, beta2=0, fsdp=1, peer_timeout=1)
+                    min_lr=0, weight_decay=0, grad_clip=0, beta1=0, beta2=0, fsdp=1)
     for name, least in ((name, least) for name, least in at_least.items() if name in config):
         if not least <= config[name] < math.inf:
             raise UserError(f'{name} is {config[name]}; it must be at least {least}')

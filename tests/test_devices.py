@@ -219,8 +219,10 @@ def test_wrong_process_variables_are_refused(folder, env, words):
     one_line_error(run(folder, 'train_jax.py', *TINY, **env), *words)
 
 
-def test_an_fsdp_that_the_devices_cannot_give_is_refused(folder):
+def test_an_fsdp_or_a_timeout_that_cannot_be_is_refused(folder):
     one_line_error(run(folder, 'train_jax.py', *TINY, '--fsdp=3', **EIGHT), 'fsdp=3', 'fsdp can be 1, 2, 4, 8')
+    one_line_error(run(folder, 'train_jax.py', *TINY, '--fsdp=0'), 'fsdp is 0', 'at least 1')
+    one_line_error(run(folder, 'train_jax.py', *TINY, '--peer_timeout=0'), 'peer_timeout is 0', 'at least 1')
     assert not (folder / 'out_jax').exists()
 
 
