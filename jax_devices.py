@@ -3,6 +3,7 @@ The machine that a script runs on: its processes and devices, what their memory 
 and how errors reach the user.
 """
 
+import contextlib
 import ctypes
 import glob
 import hashlib
@@ -149,6 +150,14 @@ def select_devices(device='auto'):
         keep_freed_memory()
     jax.config.update('jax_default_device', next(d for d in devices if d.process_index == jax.process_index()))
     return devices
+
+
+def on_host():
+    """A context in which new arrays lie in the host's memory, not on the first accelerator, if JAX_PLATFORMS allows it."""
+    try:
+        return jax.default_device(jax.local_devices(backend='cpu')[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
 
 
 def keep_freed_memory():

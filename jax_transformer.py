@@ -279,13 +279,17 @@ class GPT(nnx.Module):
     def from_pretrained(cls, model_type_or_path, override_args=None, dtype='float32'):
         """A model with GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl' from the Hugging Face hub,
         or a folder with config.json and model.safetensors. override_args: dropout, nothing else.
-        Like nanoGPT it computes the exact GELU on weights that were trained with the tanh form.
+        Like nanoGPT it computes the exact GELU on weights that were trained with the tanh form, and prints that.
+        Tensors are read one at a time: no more than one of them is in memory twice.
         """
         override_args = override_args or {}
         if set(override_args) - {'dropout'}:
             raise UserError(f'from_pretrained can override dropout only, not {sorted(set(override_args) - {"dropout"})}')
         folder = _pretrained_folder(model_type_or_path)
-        config = GPTConfig(**_read_hf_config(folder), **override_args, dtype=dtype)
+        args, activation = _read_hf_config(folder)
+        if activation == 'gelu_new':
+            print(f'{model_type_or_path} was trained with the tanh form of GELU; computed here with the exact one, as in nanoGPT')
+        config = GPTConfig(**args | override_args, dtype=dtype)
         model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # shapes alone: every weight comes from the file
         load_torch_weights(model, _read_hf_weights(folder))
         return model
@@ -332,7 +336,7 @@ def _torch_name(path):
 
 
 def load_torch_weights(model, weights):
-    """Set every parameter of model from `weights`: {nanoGPT state_dict name: array in torch's layout}.
+    """Set every parameter of model from `weights`: {nanoGPT state_dict name: array in torch's layout, or what becomes one}.
 
     lm_head.weight may be left out, and must equal transformer.wte.weight if given. Raises UserError,
     with every missing, extra or misshaped name in one message, before anything is changed.
@@ -340,7 +344,7 @@ def load_torch_weights(model, weights):
     params = {_torch_name(path): (path, p) for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     problems = [f'{name} is missing' for name in sorted(params.keys() - weights.keys())]
     problems += [f'{name} is not in the model' for name in sorted(weights.keys() - params.keys() - {'lm_head.weight'})]
-    for name in params.keys() & weights.keys():
+    for name in sorted(params.keys() & weights.keys()):
         path, p = params[name]
         want = p.shape[::-1] if path[-1] == 'kernel' else p.shape  # torch's Linear is (out, in)
         if weights[name].shape != want:
@@ -351,8 +355,8 @@ def load_torch_weights(model, weights):
     if problems:
         raise UserError('these weights do not fit the model: ' + '; '.join(problems))
     for name, (path, p) in params.items():
-        w = np.asarray(weights[name], np.float32)
-        p.set_value(jnp.asarray(w.T if path[-1] == 'kernel' else w))
+        w = np.array(weights[name], np.float32)  # a copy, which device_put takes over on a CPU
+        p.set_value(jax.device_put(w.T if path[-1] == 'kernel' else w))
 
 
 def export_torch_weights(model):
@@ -366,6 +370,7 @@ def export_torch_weights(model):
 
 
 HF_MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # stored (in, out) there
 
 
 def _pretrained_folder(model_type_or_path):
@@ -384,36 +389,63 @@ def _pretrained_folder(model_type_or_path):
                         'network, or give a local folder with config.json and model.safetensors') from e
 
 
+# what a config.json may say beside the shape, where it says anything: all else is another model than nanoGPT's
+HF_FIXED = dict(model_type=('gpt2',), activation_function=('gelu_new', 'gelu'), layer_norm_epsilon=(1e-5,),
+                scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
+                tie_word_embeddings=(True,))
+
+
 def _read_hf_config(folder):
-    """GPTConfig's arguments out of a Hugging Face config.json."""
+    """GPTConfig's arguments out of a Hugging Face config.json, and the name of its activation function."""
     path = os.path.join(folder, 'config.json')
     try:
         with open(path, encoding='utf-8') as f:
             hf = json.load(f)
-        if hf['model_type'] != 'gpt2':
-            raise UserError(f'{path} is of model_type {hf["model_type"]!r}; only gpt2 can be loaded')
         # some files say n_ctx for n_positions
-        return dict(block_size=hf.get('n_positions', hf.get('n_ctx', 1024)), vocab_size=hf['vocab_size'],
+        args = dict(block_size=hf.get('n_positions', hf.get('n_ctx', 1024)), vocab_size=hf['vocab_size'],
                     n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=hf['n_embd'], bias=True)
-    except (OSError, KeyError, json.JSONDecodeError) as e:
+        wrong = [f'{name} is {hf[name]!r}' for name, allowed in HF_FIXED.items() if name in hf and hf[name] not in allowed]
+        if hf.get('n_inner') not in (None, 4 * args['n_embd']):
+            wrong.append(f'n_inner is {hf["n_inner"]!r}')
+    except (OSError, KeyError, ValueError, AttributeError) as e:
         raise UserError(f'cannot read a GPT-2 configuration from {path}: {type(e).__name__}: {e}') from e
+    if wrong:
+        raise UserError(f'{path} is of another model than GPT-2: {", ".join(wrong)}')
+    return args, hf.get('activation_function', 'gelu_new')
+
+
+class FileTensor:
+    """A tensor of a safetensors file, read each time it is turned into an array; transposed: as torch's Linear has it."""
+
+    def __init__(self, file, name, transposed):
+        self.file, self.name, self.transposed = file, name, transposed
+        shape = tuple(file.get_slice(name).get_shape())
+        self.shape = shape[::-1] if transposed else shape
+
+    def __array__(self, dtype=None, copy=None):
+        w = np.asarray(self.file.get_tensor(self.name), dtype)
+        return w.T if self.transposed else w
 
 
 def _read_hf_weights(folder):
-    """Weights under nanoGPT's names. The hub's files lack the transformer. prefix and hold mask buffers;
+    """{nanoGPT state_dict name: FileTensor}. The hub's files lack the transformer. prefix and hold mask buffers;
     their Conv1D layers are (in, out), nanoGPT's Linear is (out, in)."""
-    load_file = optional_import('safetensors.numpy').load_file
-    path = os.path.join(folder, 'model.safetensors')
-    try:
-        tensors = load_file(path)
-    except (OSError, optional_import('safetensors').SafetensorError) as e:
-        raise UserError(f'cannot read weights from {path}: {e}') from e
-    conv1d = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+    safetensors = optional_import('safetensors')
+    path, index = (os.path.join(folder, f'model.safetensors{end}') for end in ('', '.index.json'))
     weights = {}
-    for name, w in tensors.items():
-        if name.endswith(('.attn.bias', '.attn.masked_bias')):
-            continue  # causal mask buffers, not parameters
-        if not name.startswith(('transformer.', 'lm_head.')):
-            name = 'transformer.' + name
-        weights[name] = w.T if name.endswith(conv1d) else w
+    try:
+        paths = [path]
+        if not os.path.exists(path) and os.path.exists(index):  # a large model in several files
+            with open(index, encoding='utf-8') as f:
+                names = sorted(set(json.load(f)['weight_map'].values()))
+            paths = [os.path.join(folder, os.path.basename(name)) for name in names]
+        for path in paths:
+            file = safetensors.safe_open(path, framework='numpy')
+            for name in file.keys():
+                if name.endswith(('.attn.bias', '.attn.masked_bias')):
+                    continue  # causal mask buffers, not parameters
+                full = name if name.startswith(('transformer.', 'lm_head.')) else 'transformer.' + name
+                weights[full] = FileTensor(file, name, name.endswith(CONV1D))
+    except (OSError, KeyError, ValueError, AttributeError, safetensors.SafetensorError) as e:
+        raise UserError(f'cannot read weights from {path}: {e}') from e
     return weights

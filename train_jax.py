@@ -20,7 +20,7 @@ import optax
 
 from jax_checkpoint import Checkpoints, steps_on_disk
 from jax_devices import (
-    attention_path, compute_dtype, enable_compilation_cache, launched_as, mute_all_but_first, peak_flops,
+    attention_path, compute_dtype, enable_compilation_cache, launched_as, mute_all_but_first, on_host, peak_flops,
     print_or_go_on as print, report_user_error, select_devices, start_processes,
 )
 from jax_train_utils import (
@@ -162,8 +162,9 @@ elif init_from == 'resume':
         model_args['block_size'] = block_size
 elif init_from.startswith('gpt2') or os.path.isdir(init_from):
     print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
-    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-    model.crop_block_size(block_size)
+    with on_host(): # whole; the devices get their parts of it
+        model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+        model.crop_block_size(block_size)
     model_args = {name: getattr(model.config, name) for name in GPT_ARGS}
     state = place_train_state(model, tx, mesh)
 else:

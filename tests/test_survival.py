@@ -265,12 +265,12 @@ runpy.run_path(ROOT + "/train_jax.py", run_name="__main__")
 '''
     if not os.path.exists('/proc/self/statm'):
         pytest.skip('resident memory is read from /proc')
-    steps = int(os.environ.get('MEMORY_STEPS', 2000))
+    steps = int(os.environ.get('MEMORY_STEPS', 4000))
     command = [sys.executable, '-c', code.replace('ROOT', repr(ROOT)), *TINY, f'--max_iters={steps}', '--eval_interval=500',
                '--log_interval=100', '--batch_size=64']
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | CACHE | {'PYTHONPATH': ROOT})
     assert result.returncode == 0, result.stderr
     grown = [int(n) for n in re.search(r'grown by \[(.*)\]', result.stdout)[1].split(',')]
     print(f'memory grown in each 500 iterations: {", ".join(f"{n / 1e6:.1f} MB" for n in grown)}')
-    # a save may take some for good, now and then; a leak of one batch of 16 kB a step would be 8 MB every time
-    assert len(grown) >= 3 and sorted(grown)[len(grown) // 2] < 4e6
+    # the first saves take some for good, up to 12 MB at a time; a leak of one batch of 16 kB a step would be 8 MB every time
+    assert len(grown) >= 7 and sorted(grown)[len(grown) // 2] < 4e6
