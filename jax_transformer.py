@@ -131,15 +131,18 @@ class CausalSelfAttention(nnx.Module):
         self.n_head = config.n_head
         self.fused = config.attention == 'cudnn'
 
-    def __call__(self, x, rngs=None):
+    def qkv(self, x):
+        """Queries, keys and values of x (B, T, C): (B, T, nh, hs) each."""
         B, T, C = x.shape
-        q, k, v = jnp.split(self.c_attn(x), 3, axis=-1)
-        q, k, v = (a.reshape(B, T, self.n_head, C // self.n_head) for a in (q, k, v))  # (B, T, nh, hs)
+        return (a.reshape(B, T, self.n_head, C // self.n_head) for a in jnp.split(self.c_attn(x), 3, axis=-1))
+
+    def __call__(self, x, rngs=None):
+        q, k, v = self.qkv(x)
         if self.fused and not self.attn_dropout.active:  # JAX offers cuDNN's kernel without dropout only
             y = fused_attention(q, k, v)
         else:
             y = causal_attention(q, k, v, partial(self.attn_dropout, rngs=rngs))
-        y = y.reshape(B, T, C)
+        y = y.reshape(x.shape)
         return self.resid_dropout(self.c_proj(y), rngs=rngs)
 
 
@@ -242,38 +245,11 @@ class GPT(nnx.Module):
         wpe.num_embeddings = block_size
         self.config = replace(self.config, block_size=block_size)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None):
-        """Continue idx, int (B, T), by max_new_tokens tokens each: int (B, T + max_new_tokens).
-
-        Past block_size the model sees the last block_size tokens. Dropout is off. temperature 0 takes
-        the most likely token. key: a jax.random key; row b draws with a key of its own, whatever B is.
-        The whole window is computed again for every token, as in nanoGPT.
-        """
-        if idx.shape[1] < 1:
-            raise UserError('generate needs at least one token to continue; the prompt is empty')
-        if max_new_tokens < 0:
-            raise UserError(f'max_new_tokens is {max_new_tokens}; it must be at least 0')
-        if top_k is not None and top_k < 1:
-            raise UserError(f'top_k is {top_k}; it must be at least 1')
-        if temperature < 0:
-            raise UserError(f'temperature is {temperature}; it must be 0 (most likely token) or more')
-        if temperature == 0:
-            temperature, top_k = 1.0, 1
-        if key is None:
-            if top_k != 1:
-                raise UserError('generate needs key=jax.random.key(seed), unless temperature is 0 or top_k is 1')
-            key = jax.random.key(0)  # decides between equal logits only
-        graphdef, params = nnx.split(self, nnx.Param)
-        t, end = idx.shape[1], idx.shape[1] + max_new_tokens
-        tokens = jnp.pad(jnp.asarray(idx), ((0, 0), (0, max(end, self.config.block_size) - t)))
-        window = min(64, self.config.block_size)
-        while t < end:  # the window grows in powers of two: few compilations, at most twice the work
-            while window < min(t, self.config.block_size):
-                window = min(2 * window, self.config.block_size)
-            stop = end if window == self.config.block_size else min(end, window + 1)
-            tokens = _generate(graphdef, params, tokens, t, stop, key, temperature, window, top_k)
-            t = stop
-        return tokens[:, :end]
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None, top_p=1.0, n_vocab=None):
+        """Continue idx, int (B, T), by max_new_tokens tokens each: int (B, T + max_new_tokens). See jax_sampling.stream."""
+        from jax_sampling import stream  # which imports this module
+        new = stream(self, idx, max_new_tokens, temperature, top_k, top_p, key, n_vocab)
+        return jnp.concatenate([jnp.asarray(idx), *new], axis=1)
 
     @classmethod
     def from_pretrained(cls, model_type_or_path, override_args=None, dtype='float32'):
@@ -293,37 +269,6 @@ class GPT(nnx.Module):
         model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # shapes alone: every weight comes from the file
         load_torch_weights(model, _read_hf_weights(folder))
         return model
-
-
-# -----------------------------------------------------------------------------
-# sampling
-
-def sampling_logits(logits, temperature, top_k=None):
-    """float32 logits of the distribution that is sampled: divided by temperature, all below the top_k-th at -inf."""
-    logits = logits.astype(jnp.float32) / temperature
-    if top_k is not None:
-        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    return logits
-
-
-@partial(jax.jit, static_argnames=('graphdef', 'window', 'top_k'), donate_argnames='tokens')
-def _generate(graphdef, params, tokens, start, stop, key, temperature, window, top_k):
-    """Fill tokens[:, start:stop], int (B, T), from a window of fixed length before each position."""
-    model = nnx.merge(graphdef, params)
-    model.eval()
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(tokens.shape[0]))
-
-    def next_token(t, tokens):
-        # what lies in the window past t - 1 is ignored: attention is causal
-        begin = jnp.maximum(t - window, 0)
-        x = model.hidden(jax.lax.dynamic_slice_in_dim(tokens, begin, window, axis=1))  # (B, window, C)
-        logits = model.head(jax.lax.dynamic_index_in_dim(x, t - 1 - begin, axis=1, keepdims=False))  # (B, vocab_size)
-        logits = sampling_logits(logits, temperature, top_k)
-        drawn = jax.vmap(jax.random.categorical)(jax.vmap(lambda k: jax.random.fold_in(k, t))(keys), logits)
-        return jax.lax.dynamic_update_index_in_dim(tokens, drawn.astype(tokens.dtype), t, axis=1)
-
-    return jax.lax.fori_loop(start, stop, next_token, tokens)
 
 
 # -----------------------------------------------------------------------------

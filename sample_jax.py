@@ -24,7 +24,8 @@ start = '\n' # the prompt; 'FILE:prompt.txt' reads it from a file
 num_samples = 10
 max_new_tokens = 500 # tokens in each sample, after the prompt
 temperature = 0.8 # 1.0 samples from the model's own distribution, less is less random, 0.0 takes the most likely token
-top_k = 200 # only the most likely tokens can be drawn
+top_k = 200 # only so many of the most likely tokens can be drawn
+top_p = 1.0 # and of these only the most likely that together have this probability
 seed = 1337
 device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, 'tpu'
 dtype = 'bfloat16' # compute type: 'float32', 'bfloat16' or 'float16'; a CPU computes in float32
@@ -55,15 +56,17 @@ if init_from == 'resume':
     print(f'sampling from iteration {step} of {out_dir}')
 else:
     model = GPT.from_pretrained(init_from, dict(dropout=0.0), dtype=compute_type)
+    gptconf = model.config
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
 # prompt
 encode, decode = create_codec(chars)
+n_vocab = len(chars) if chars is not None else 50257 # ids past it are padding
 prompt = encode(read_prompt(start))
 x = jnp.asarray(np.tile(np.array(prompt, np.int32), (num_samples, 1)))  # (num_samples, T)
 
 # all samples in one batch
-y = model.generate(x, max_new_tokens, temperature, top_k, key=jax.random.key(seed))
+y = model.generate(x, max_new_tokens, temperature, top_k, jax.random.key(seed), top_p, min(n_vocab, gptconf.vocab_size))
 for tokens in np.asarray(y):
     print(decode(tokens.tolist()))
     print('---------------')

@@ -27,7 +27,8 @@ import jax_train_utils as utils
 import jax_transformer
 from jax_checkpoint import Checkpoints, find_damage
 from jax_ops import cross_entropy, matmul
-from jax_transformer import GPT, GPTConfig, UserError, export_torch_weights, load_torch_weights, sampling_logits
+from jax_sampling import sampling_logits
+from jax_transformer import GPT, GPTConfig, UserError, export_torch_weights, load_torch_weights
 
 TESTDATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'testdata')
 PARITY = 'parity with nanoGPT'
@@ -567,10 +568,44 @@ def test_top_k_keeps_the_k_most_likely_and_temperature_divides():
 
 
 @area('generation')
+def test_top_p_keeps_the_most_likely_that_reach_it():
+    logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
+    for top_p, kept in ((1.0, 4), (0.9, 3), (0.75, 2), (0.7, 2), (0.5, 1), (0.1, 1)):  # the last that is needed is kept
+        assert int(jnp.isfinite(sampling_logits(logits, 1.0, top_p=top_p - 1e-6)).sum()) == kept, top_p
+
+
+@area('generation')
+def test_the_cache_gives_the_tokens_of_the_whole_forward_pass():
+    for bias, prompt, B in ((True, 3, 2), (False, 16, 1), (True, 20, 3)):  # block_size is 16
+        model = tiny(bias=bias)
+        logits_of, y = jax.jit(lambda x, model=model: model(x, x)[0]), tokens(B, prompt)
+        x = y
+        for _ in range(20):
+            seen = y[:, -16:]  # filled up behind: attention is causal
+            logits = logits_of(np.pad(seen, ((0, 0), (0, 16 - seen.shape[1]))))[:, seen.shape[1] - 1]
+            y = np.concatenate([y, np.asarray(logits.argmax(-1, keepdims=True), np.int32)], axis=1)
+        np.testing.assert_array_equal(model.generate(x, 20, temperature=0), y)
+
+
+@area('generation')
+def test_tokens_are_drawn_from_the_models_distribution():
+    # a vocabulary of 7, of which 6 and 5 are padding; the second token is drawn from the cache
+    model, n = tiny(vocab_size=7), 4000
+    y = np.asarray(model.generate(np.tile(tokens(1, 3, high=5), (n, 1)), 2, temperature=0.7, key=jax.random.key(3), n_vocab=5))
+    for first in range(5):
+        rows = y[y[:, 3] == first]
+        probs = np.asarray(jax.nn.softmax(sampling_logits(model(rows[:1, :4])[0][0, 0, :5], 0.7)))
+        seen, wanted = np.bincount(rows[:, 4], minlength=7), probs * len(rows)
+        # chi-squared with 4 degrees of freedom is above 23.5 once in 10,000 times
+        assert seen[5:].sum() == 0 and (np.square(seen[:5] - wanted) / wanted).sum() < 23.5
+
+
+@area('generation')
 def test_bad_sampling_settings_are_refused():
     model, x = tiny(), tokens(1, 5)
     assert_refused(lambda: model.generate(x, 3, temperature=-1), 'temperature is -1')
     assert_refused(lambda: model.generate(x, 3, top_k=0), 'top_k is 0')
+    assert_refused(lambda: model.generate(x, 3, top_p=0), 'top_p is 0')
     assert_refused(lambda: model.generate(x[:, :0], 3), 'prompt is empty')
     assert_refused(lambda: model.generate(x, 3), 'key=')
 

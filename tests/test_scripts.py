@@ -63,6 +63,7 @@ def test_the_vocabulary_comes_from_the_checkpoint(trained):
     (['--out_dir=absent'], ['absent does not exist']),
     (['--which=3'], ["'3'", 'latest']),
     (['--top_k=0'], ['top_k is 0']),
+    (['--top_p=0.0'], ['top_p is 0']),
     (['--start=FILE:latin1.txt'], ['latin1.txt', 'utf-8']),
     (['--num_samples=0'], ['num_samples is 0']),
     (['--max_new_tokens=-1'], ['max_new_tokens is -1']),
