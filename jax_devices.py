@@ -243,14 +243,21 @@ def collectives(hlo, n_devices):
         elif name:
             bodies[name].append(line)
 
+    def group_size(line):
+        listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)  # the first group of several alike
+        counted = re.search(r'replica_groups=\[\d+,(\d+)\]', line)
+        named = re.search(r'replica_groups=mesh\[(.*?)\] *\{(.*?)\}', line)  # the axes of a mesh, and those exchanged over
+        if named:
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+            return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]))
+        return len(listed[1].split(',')) if listed else int(counted[1]) if counted else n_devices
+
     def visit(name, times, in_loop):
         for line in bodies.get(name, ()):
             op = re.match(r'\s+(?:ROOT )?%?[\w.-]+ = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|'
                           r'collective-permute|collective-broadcast)(-start)?\(', line)
             if op:
-                listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)  # the first group of several alike
-                counted = re.search(r'replica_groups=\[\d+,(\d+)\]', line)
-                devices = len(listed[1].split(',')) if listed else int(counted[1]) if counted else n_devices
+                devices = group_size(line)
                 n_bytes = sum(BYTES[kind] * math.prod(int(n) for n in shape.split(',') if n)
                               for kind, shape in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', op[1]))
                 if op[3] and op[2] in ('all-gather', 'reduce-scatter'):  # the shard and the whole stand in its type
