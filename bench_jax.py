@@ -1,8 +1,9 @@
 """
-Time the training step alone: a much shorter train_jax.py.
+Time the training step alone, a much shorter train_jax.py, or sampling.
 $ python bench_jax.py --real_data=False
 $ python bench_jax.py --real_data=False --batch_size=32 --gradient_accumulation_steps=4 --remat=True
 $ python bench_jax.py --real_data=False --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --vocab_size=65
+$ python bench_jax.py --max_new_tokens=100 --batch_size=1
 """
 
 import os
@@ -12,15 +13,17 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jax_devices import (
     attention_path, compute_dtype, enable_compilation_cache, peak_flops, report_user_error, select_devices,
 )
+from jax_sampling import sampling_weights
 from jax_train_utils import (
     check_settings, check_tokens, count_tokens, create_optimizer, get_train_batch, init_train_state, make_mesh, make_train_step,
     micro_batch_rows, shard_batch, share_rows, split_model,
 )
-from jax_transformer import GPTConfig
+from jax_transformer import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 batch_size = 12 # rows that the device takes at a time
@@ -41,6 +44,7 @@ attention = 'auto' # 'cudnn', the fused kernel of NVIDIA GPUs, 'xla', or the fas
 remat = False # compute each block again in the backward pass: less memory, a third more work
 compilation_cache = False # True: with programs kept from an earlier run, as train_jax.py has it
 compile = True # no meaning here: XLA always compiles
+max_new_tokens = 0 # time sampling instead: so many tokens after a prompt of one, in a batch of batch_size samples
 profile = False # write a trace of 5 steps to ./bench_log, for TensorBoard or ui.perfetto.dev
 from configurator import configure
 config, given = configure(globals()) # overrides from the command line and config files
@@ -60,6 +64,32 @@ gptconf = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_laye
                     bias=bias, dtype=compute_type, attention=attention, remat=remat)
 print(f'platform: {devices[0].platform} ({devices[0].device_kind}), computing in {compute_type}, '
       f'attention: {"xla" if dropout else attention}')
+
+def median_time(f, n):
+    """Median seconds of n calls."""
+    times = []
+    for _ in range(n):
+        t0 = time.time()
+        jax.block_until_ready(f())
+        times.append(time.time() - t0)
+    return float(np.median(times))
+
+if max_new_tokens:
+    model = GPT(gptconf, rngs=nnx.Rngs(seed))
+    idx = np.zeros((batch_size, 1), np.int32)
+    def generate():
+        return model.generate(idx, max_new_tokens, top_k=min(200, vocab_size), key=jax.random.key(seed))
+    print(f'first call, with compilation: {median_time(generate, 1):.2f} s')
+    dt = median_time(generate, 5)
+    # no token can come faster than the weights are read; their sums read them and do little else
+    weights = jax.tree.leaves(sampling_weights(model)[1])
+    read = jax.jit(lambda weights: [w.sum() for w in weights])
+    floor = median_time(lambda: read(weights), 10)
+    rate, n_bytes = batch_size * max_new_tokens / dt, sum(w.nbytes for w in weights)
+    print(f'{batch_size} samples of {max_new_tokens} tokens: {dt:.3f} s, {rate:,.1f} tokens per second')
+    print(f'time per token of each: {dt / max_new_tokens * 1000:.2f}ms; '
+          f'reading the {n_bytes / 1e6:,.1f} MB of weights once: {floor * 1000:.2f}ms')
+    sys.exit()
 
 # data
 n_rows = gradient_accumulation_steps * batch_size

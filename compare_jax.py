@@ -1,8 +1,9 @@
 """
 Time this port against PyTorch nanoGPT on this machine: whole runs from the command line, in turns; prints tables.
-nanoGPT's checkout needs the data of the case (data/shakespeare_char) as much as this one; gpt2 needs none.
+nanoGPT's checkout needs the data of the case (data/shakespeare_char) as much as this one; gpt2 and generate need none.
 $ python compare_jax.py --nanogpt=../nanoGPT --torch_python=../torch-env/bin/python
 $ python compare_jax.py --nanogpt=../nanoGPT --case=gpt2,shakespeare_loss --device=cuda
+$ python compare_jax.py --nanogpt=../nanoGPT --case=generate,sample
 """
 
 import os
@@ -19,7 +20,7 @@ from jax_transformer import UserError
 # -----------------------------------------------------------------------------
 nanogpt = '../nanoGPT' # the checkout of nanoGPT
 torch_python = 'python' # a Python that has torch
-case = 'readme_cpu' # one or more, with commas: readme_cpu, shakespeare_char, shakespeare_loss, gpt2
+case = 'readme_cpu' # one or more, with commas: readme_cpu, shakespeare_char, shakespeare_loss, gpt2, generate, sample
 rounds = 3 # how often the turns go round
 max_iters = 0 # iterations of a run, 0 for the case's own number
 torch_compile = 'both' # 'eager', 'compile', or 'both' in turns
@@ -50,13 +51,17 @@ if not os.path.exists(os.path.join(nanogpt, 'train.py')):
 
 
 def run(contender, script, *args, seed=1337):
-    """(output, seconds) of a whole process: nanoGPT's script, or ours of the same name. Raises UserError if it fails."""
+    """(output, seconds) of a whole process: nanoGPT's script, or ours of the same name."""
     command, folder = contenders[contender]
-    command = [*command(script, seed), f'--device={device}', *args]
+    return process([*command(script, seed), f'--device={device}', *args], folder)
+
+
+def process(command, folder):
+    """(output, seconds) of a command run in a folder. Raises UserError if it fails."""
     t0 = time.time()
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode:
-        raise UserError(f'{" ".join(command)} failed: {" ".join(result.stderr.split())[-400:]}')
+        raise UserError(f'{" ".join(" ".join(command).split())} failed: {" ".join(result.stderr.split())[-400:]}')
     return result.stdout, time.time() - t0
 
 
@@ -125,7 +130,65 @@ def gpt2(name):
     table([name, 'micro-batch', 'ms per 12,288 tokens', 'each run'], rows)
 
 
-cases = {'readme_cpu': timed, 'shakespeare_char': timed, 'shakespeare_loss': best_losses, 'gpt2': gpt2}
+# the model's shape, samples, and tokens of each
+GENERATED = {'6 layers, 384 wide': (dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 10, 255),
+             '4 layers, 128 wide': (dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 10, 500),
+             'GPT-2 124M': (dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257), 1, 100)}
+TORCH_GENERATE = """
+import contextlib, time, torch
+from model import GPT, GPTConfig
+model = GPT(GPTConfig(dropout=0.0, bias=False, **{shape})).eval().to('{device}')
+idx = torch.zeros((1, 1), dtype=torch.long, device='{device}')
+autocast = torch.amp.autocast('cuda', torch.bfloat16) if '{device}' == 'cuda' else contextlib.nullcontext()
+with torch.no_grad(), autocast:
+    model.generate(idx, 5, top_k=65)
+    t0 = time.time()
+    for _ in range({n}):
+        model.generate(idx, {tokens}, top_k=65).tolist()
+print('loop:', time.time() - t0, 's,')
+"""
+
+
+def generate(name):
+    """Seconds for the loop of generate alone, from one token on: nanoGPT takes one sample after the other, we all at once."""
+    rows = []
+    for model, (shape, n, tokens) in GENERATED.items():
+        ours = [sys.executable, os.path.join(here, 'bench_jax.py'), f'--device={device}', f'--batch_size={n}',
+                f'--max_new_tokens={tokens}', *(f'--{key}={value}' for key, value in shape.items())]
+        theirs = [torch_python, '-c', TORCH_GENERATE.format(shape=shape, device=device, n=n, tokens=tokens)]
+        times = {'JAX': [], 'PyTorch': []}
+        for _ in range(rounds):
+            for contender, command, folder in (('JAX', ours, None), ('PyTorch', theirs, nanogpt)):
+                out, _ = process(command, folder)
+                times[contender].append(float(re.search(r': ([\d.]+) s,', out)[1]))
+                print(f'{name}, {model}, {contender}: {times[contender][-1]:.3f} s')
+        jax_time, torch_time = (statistics.median(t) for t in times.values())
+        rows.append((model, f'{n} of {tokens}', f'{jax_time:.2f} s', f'{torch_time:.2f} s', f'{torch_time / jax_time:.1f}',
+                     f'{n * tokens / jax_time:,.1f}', f'{n * tokens / torch_time:,.1f}'))
+    table([name, 'samples', 'JAX', 'PyTorch', 'PyTorch against JAX', 'tokens/s, JAX', 'tokens/s, PyTorch'], rows)
+
+
+def sample(name):
+    """Whole processes of sample.py and sample_jax.py, imports and compilation included: 10 samples of 500 tokens."""
+    flags = [*README_CPU, '--max_iters=1', '--eval_interval=1', '--eval_iters=1', '--always_save_checkpoint=True']
+    turns = {'JAX': ('JAX', ['--compilation_cache=False']), 'JAX, compiled before': ('JAX', []),
+             'PyTorch eager': ('PyTorch eager', [])}
+    walls = {turn: [] for turn in turns}
+    with tempfile.TemporaryDirectory() as folder:
+        for contender in ('JAX', 'PyTorch eager'):
+            run(contender, 'train.py', *flags, f'--out_dir={folder}/{contender}')
+        for _ in range(rounds + 1):
+            for turn, (contender, more) in turns.items():
+                walls[turn].append(run(contender, 'sample.py', f'--out_dir={folder}/{contender}', *more)[1])
+                print(f'{name}, {turn}: {walls[turn][-1]:.1f} s')
+    medians = {turn: statistics.median(wall[1:]) for turn, wall in walls.items()} # the first round fills the caches
+    table([name, 'whole process', 'each run', 'against JAX'],
+          [(turn, f'{medians[turn]:.1f} s', joined(wall[1:], 1), f'{medians[turn] / medians["JAX"]:.2f}')
+           for turn, wall in walls.items()])
+
+
+cases = {'readme_cpu': timed, 'shakespeare_char': timed, 'shakespeare_loss': best_losses, 'gpt2': gpt2,
+         'generate': generate, 'sample': sample}
 for each in case.split(','):
     if each not in cases:
         raise UserError(f'no case {each!r}; there are {", ".join(cases)}')

@@ -117,7 +117,7 @@ def last_line(traceback, path):
 def print_help(script):
     """Print the script's docstring and its config block, which documents every flag, and end the process."""
     print(script['__doc__'].strip(), 'Every setting below is a flag, --key=value:', config_block(script['__file__']).strip(),
-          sep='\n\n')
+          sep='\n\n', file=sys.__stdout__)  # wherever else the script prints
     raise SystemExit(0)
 
 

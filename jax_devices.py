@@ -21,7 +21,8 @@ from jax_transformer import GPTConfig, UserError
 
 
 def report_user_error(kind, error, traceback):
-    """sys.excepthook of the scripts: a UserError is one line, everything else keeps its traceback.
+    """sys.excepthook of the scripts: a UserError is one line, Ctrl-C and a reader that is gone are none, everything else keeps
+    its traceback.
 
     One of several processes ends at once: its normal exit would wait for others, which cannot go on either.
     """
@@ -36,7 +37,9 @@ def report_user_error(kind, error, traceback):
     elif several and issubclass(kind, jax.errors.JaxRuntimeError):
         print(f'error{where}: the processes cannot go on together, most likely since one has ended (...{text[-150:]}). Start '
               'all of them again with --init_from=resume', file=sys.stderr)
-    else:
+    elif issubclass(kind, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+    elif not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
     if several:
         sys.stderr.flush()

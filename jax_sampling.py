@@ -1,9 +1,10 @@
 """
-Sampling: the key/value cache, the loop over tokens inside one compiled function, and text as it comes.
+Sampling: the key/value cache, the loop over tokens inside one compiled function, and tokens as text while they come.
 Inside block_size each token costs one position; past it nanoGPT's window slides, every position changes, and a token costs a
 whole window.
 """
 
+import codecs
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 
 from jax_transformer import UserError
 
-SMALLEST_BUCKET = 64  # tokens; prompts are padded to this, or its next double, up to block_size
+SMALLEST_BUCKET = 64  # tokens; prompts and the cache are padded to this, or its next double, up to block_size
 
 
 def sampling_logits(logits, temperature, top_k=None, top_p=1.0):
@@ -32,9 +33,9 @@ def sampling_logits(logits, temperature, top_k=None, top_p=1.0):
     return logits
 
 
-def empty_cache(config, B):
-    """For each block keys and values of all positions, (B, nh, block_size, hs) in the compute type."""
-    shape = B, config.n_head, config.block_size, config.n_embd // config.n_head
+def empty_cache(config, B, length):
+    """For each block keys and values of so many positions, (B, nh, length, hs) in the compute type."""
+    shape = B, config.n_head, length, config.n_embd // config.n_head
     return [(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.n_layer)]
 
 
@@ -42,7 +43,7 @@ def cached_hidden(model, idx, start, cache):
     """(hidden states (B, T, C), cache) of tokens idx (B, T) at the positions from start on; what is before is in the cache."""
     B, T = idx.shape
     positions = start + jnp.arange(T)
-    mask = positions[:, None] >= jnp.arange(model.config.block_size)
+    mask = positions[:, None] >= jnp.arange(cache[0][0].shape[2])
     x = model.transformer.wte(idx) + model.transformer.wpe(positions)  # (B, T, C)
     filled = []
     for block, (ks, vs) in zip(model.transformer.h, cache):
@@ -68,18 +69,18 @@ def write_token(tokens, token, t):
     return jax.lax.dynamic_update_index_in_dim(tokens, token, t, axis=1)
 
 
-@partial(jax.jit, static_argnames=('graphdef', 'bucket'))
-def prefill(graphdef, params, tokens, t, bucket):
-    """(logits (B, V) after the first t tokens, cache), in one pass over the first `bucket` of tokens (B, L)."""
+@partial(jax.jit, static_argnames=('graphdef', 'bucket', 'length'))
+def prefill(graphdef, params, tokens, t, bucket, length):
+    """(logits (B, V) after the first t tokens, cache of that length), in one pass over the first `bucket` of tokens (B, L)."""
     model = nnx.merge(graphdef, params)
     # what lies past t - 1 goes into the cache too, unseen: attention is causal, and it is overwritten before its turn
-    x, cache = cached_hidden(model, tokens[:, :bucket], 0, empty_cache(model.config, tokens.shape[0]))
+    x, cache = cached_hidden(model, tokens[:, :bucket], 0, empty_cache(model.config, tokens.shape[0], length))
     return model.head(jax.lax.dynamic_index_in_dim(x, t - 1, axis=1, keepdims=False)), cache
 
 
 @partial(jax.jit, static_argnames=('graphdef', 'top_k', 'top_p'), donate_argnames=('tokens', 'cache'))
 def decode(graphdef, params, tokens, logits, cache, t, stop, keys, temperature, top_k, top_p, n_vocab):
-    """Fill tokens[:, t:stop], stop at most block_size, from the logits for t; (tokens, logits for stop, cache)."""
+    """Fill tokens[:, t:stop], stop at most the cache's length, from the logits for t; (tokens, logits for stop, cache)."""
     model = nnx.merge(graphdef, params)
 
     def step(t, carry):
@@ -109,33 +110,36 @@ def bucket_of(n, smallest, largest):
     return min(smallest, largest)
 
 
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, key=None, n_vocab=None, chunk=None):
+def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, key=None, n_vocab=None, chunk=None,
+                  first=0):
     """Yield the continuation of idx, int (B, T), as numpy arrays (B, n): max_new_tokens in all, at most chunk at a time.
 
     Past block_size the model sees the last block_size tokens. Dropout is off. temperature 0 takes the most likely token. key: a
-    jax.random key; row b draws with a key of its own, whatever B is. n_vocab: ids from here on are padding, never drawn.
-    Raises UserError for settings that nothing can be drawn with.
+    jax.random key; row b draws with a key of its own, that of number first + b, whatever B is. n_vocab: ids from here on are
+    padding, never drawn. Raises UserError for settings that nothing can be drawn with.
     """
     check(idx, max_new_tokens, temperature, top_k, top_p, key)
     if temperature == 0:
         temperature, top_k, top_p = 1.0, 1, 1.0
     (B, t), block_size = idx.shape, model.config.block_size
-    graphdef, params = nnx.split(in_eval_mode(model), nnx.Param)
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(jnp.arange(B))
+    graphdef, params = sampling_weights(model)
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(first + jnp.arange(B))
     how = dict(keys=keys, temperature=temperature, top_k=top_k, top_p=top_p, n_vocab=n_vocab or model.config.vocab_size)
     end = t + max_new_tokens
     tokens = jnp.pad(jnp.asarray(idx, jnp.int32), ((0, 0), (0, bucket_of(max(end, block_size), block_size, 2**31) - t)))
+    def bucket(n):
+        return bucket_of(n, SMALLEST_BUCKET, block_size)
     logits = None
     while t < end:
         stop = min(end, t + (chunk or end))
         if t < block_size:
             stop = min(stop, block_size)
             if logits is None:
-                logits, cache = prefill(graphdef, params, tokens, t, bucket_of(t, SMALLEST_BUCKET, block_size))
+                logits, cache = prefill(graphdef, params, tokens, t, bucket(t), length=bucket(end))
             tokens, logits, cache = decode(graphdef, params, tokens, logits, cache, t, stop, **how)
         else:
             tokens = slide(graphdef, params, tokens, t, stop, **how)
-        yield np.asarray(tokens[:, t:stop])
+        yield np.asarray(tokens)[:, t:stop].copy()
         t = stop
 
 
@@ -155,8 +159,45 @@ def check(idx, max_new_tokens, temperature, top_k, top_p, key):
         raise UserError('generate needs key=jax.random.key(seed), unless temperature is 0 or top_k is 1')
 
 
-def in_eval_mode(model):
-    """The model with its dropout off; the one given stays as it is."""
+def sampling_weights(model):
+    """(graph definition with dropout off, parameters with the kernels in the compute type): half the bytes for every token in
+    16 bits. The model given stays as it is."""
     model = nnx.merge(*nnx.split(model))
     model.eval()
-    return model
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, jax.tree_util.tree_map_with_path(
+        lambda path, p: p.astype(model.config.dtype) if path[-1].key == 'kernel' else p, nnx.to_pure_dict(params))
+
+
+# -----------------------------------------------------------------------------
+# text
+
+class Continuation:
+    """The text of one sample, out of its tokens as they come.
+
+    decode: tokens to UTF-8 bytes, which need not end where a character does. stop: a string that the sample ends before, '' for
+    none. text: all of it so far; ended: stop was found; n_tokens: how many came until then.
+    """
+
+    def __init__(self, decode, stop=''):
+        self.decode, self.stop = decode, stop
+        self.utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+        self.text, self.held, self.ended, self.n_tokens = '', '', False, 0
+
+    def add(self, tokens, final=False):
+        """What these tokens, a list of ids, add to the text; what may yet be part of stop or of a character is held back."""
+        if self.ended:
+            return ''
+        self.n_tokens += len(tokens)
+        new = self.held + self.utf8.decode(self.decode(tokens), final)
+        end = new.find(self.stop) if self.stop else -1
+        self.ended = end >= 0
+        if not self.ended:
+            end = len(new) - (0 if final else max((n for n in range(len(self.stop)) if new.endswith(self.stop[:n])), default=0))
+        new, self.held = new[:end], new[end:]
+        self.text += new
+        return new
+
+    def close(self):
+        """What was held back, now that no more tokens come."""
+        return self.add([], final=True)

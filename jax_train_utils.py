@@ -183,9 +183,9 @@ def load_meta(data_dir):
 
 
 def create_codec(chars):
-    """(encode, decode): text to ids and back, by a list of characters, or GPT-2's BPE where it is None.
+    """(encode, decode): text to ids, and ids to UTF-8 bytes, by a list of characters, or GPT-2's BPE where it is None.
 
-    encode raises UserError for a character that is not among them.
+    A token of GPT-2's may be a part of a character. encode raises UserError for a character that is not in the list.
     """
     if chars is None:
         return _gpt2_codec()
@@ -199,7 +199,7 @@ def create_codec(chars):
             raise UserError(f'the model never saw the characters {unknown}; it knows {"".join(chars)!r}')
         return [ids[c] for c in text]
     # a model finetuned on them may have a larger vocabulary
-    return encode, lambda tokens: ''.join(chars[i] for i in tokens if i < len(chars))
+    return encode, lambda tokens: ''.join(chars[i] for i in tokens if i < len(chars)).encode('utf-8', 'replace')
 
 
 def read_prompt(start):
@@ -224,7 +224,7 @@ def _gpt2_codec():
                         'files once, or set TIKTOKEN_CACHE_DIR to a folder that has them') from e
     n = enc.n_vocab  # a model's vocabulary may be padded past it
     return (lambda text: enc.encode(text, allowed_special={'<|endoftext|>'}),
-            lambda tokens: enc.decode([t for t in tokens if t < n]))
+            lambda tokens: enc.decode_bytes([t for t in tokens if t < n]))
 
 
 # -----------------------------------------------------------------------------

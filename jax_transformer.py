@@ -246,9 +246,9 @@ class GPT(nnx.Module):
         self.config = replace(self.config, block_size=block_size)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None, top_p=1.0, n_vocab=None):
-        """Continue idx, int (B, T), by max_new_tokens tokens each: int (B, T + max_new_tokens). See jax_sampling.stream."""
-        from jax_sampling import stream  # which imports this module
-        new = stream(self, idx, max_new_tokens, temperature, top_k, top_p, key, n_vocab)
+        """Continue idx, int (B, T), by max_new_tokens tokens each: int (B, T + max_new_tokens). See jax_sampling."""
+        from jax_sampling import stream_tokens  # which imports this module
+        new = stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, key, n_vocab)
         return jnp.concatenate([jnp.asarray(idx), *new], axis=1)
 
     @classmethod

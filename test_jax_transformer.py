@@ -27,7 +27,7 @@ import jax_train_utils as utils
 import jax_transformer
 from jax_checkpoint import Checkpoints, find_damage
 from jax_ops import cross_entropy, matmul
-from jax_sampling import sampling_logits
+from jax_sampling import Continuation, sampling_logits, sampling_weights, stream_tokens
 from jax_transformer import GPT, GPTConfig, UserError, export_torch_weights, load_torch_weights
 
 TESTDATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'testdata')
@@ -579,15 +579,17 @@ def test_top_p_keeps_the_most_likely_that_reach_it():
 
 @area('generation')
 def test_the_cache_gives_the_tokens_of_the_whole_forward_pass():
-    for bias, prompt, B in ((True, 3, 2), (False, 16, 1), (True, 20, 3)):  # block_size is 16
-        model = tiny(bias=bias)
+    # across block_size; in a cache shorter than that; with prompt and cache padded alike, and not
+    for block, bias, prompt, B in ((16, True, 3, 2), (16, False, 16, 1), (16, True, 20, 3),
+                                   (128, False, 5, 2), (128, True, 70, 1), (128, True, 60, 2)):
+        model = tiny(bias=bias, block_size=block)
         # weights so large that attention decides: with the initial ones the last token alone does
         nnx.update(model, jax.tree.map(lambda p: 10 * p, nnx.state(model, nnx.Param)))
         logits_of, y = jax.jit(lambda x, model=model: model(x, x)[0]), tokens(B, prompt)
         x = y
         for _ in range(20):
-            seen = y[:, -16:]  # filled up behind: attention is causal
-            logits = logits_of(np.pad(seen, ((0, 0), (0, 16 - seen.shape[1]))))[:, seen.shape[1] - 1]
+            seen = y[:, -block:]  # filled up behind: attention is causal
+            logits = logits_of(np.pad(seen, ((0, 0), (0, block - seen.shape[1]))))[:, seen.shape[1] - 1]
             y = np.concatenate([y, np.asarray(logits.argmax(-1, keepdims=True), np.int32)], axis=1)
         np.testing.assert_array_equal(model.generate(x, 20, temperature=0), y)
 
@@ -603,6 +605,46 @@ def test_tokens_are_drawn_from_the_models_distribution():
         seen, wanted = np.bincount(rows[:, 4], minlength=7), probs * len(rows)
         # chi-squared with 4 degrees of freedom is above 23.5 once in 10,000 times
         assert seen[5:].sum() == 0 and (np.square(seen[:5] - wanted) / wanted).sum() < 23.5
+
+
+@area('generation')
+def test_tokens_in_chunks_and_a_row_alone_are_those_of_the_whole_batch():
+    model, x, key = tiny(), tokens(3, 5), jax.random.key(1)
+    whole = np.asarray(model.generate(x, 20, key=key))[:, 5:]
+    for chunk in (1, 7):
+        np.testing.assert_array_equal(np.concatenate(list(stream_tokens(model, x, 20, key=key, chunk=chunk)), axis=1), whole)
+    np.testing.assert_array_equal(np.concatenate(list(stream_tokens(model, x[1:2], 20, key=key, first=1)), axis=1), whole[1:2])
+
+
+@area('generation')
+def test_kernels_are_sampled_in_the_compute_type_and_the_model_keeps_its_own():
+    model = tiny(dtype='bfloat16')
+    graphdef, params = sampling_weights(model)
+    kinds = {path[-1].key: p.dtype for path, p in jax.tree_util.tree_leaves_with_path(params)}
+    assert kinds == dict(kernel='bfloat16', embedding='float32', scale='float32', bias='float32')
+    assert model.transformer.h[0].mlp.c_fc.kernel.dtype == 'float32'
+    x = tokens(2, 9)
+    np.testing.assert_array_equal(nnx.merge(graphdef, params)(x)[0], model(x)[0])
+
+
+@area('generation')
+def test_text_that_streams_has_no_broken_characters():
+    text = Continuation(bytes)  # a token is a byte
+    pieces = [text.add([byte]) for byte in 'aé€😀\n'.encode()]
+    assert pieces == ['a', '', 'é', '', '', '€', '', '', '', '😀', '\n'] and text.text == 'aé€😀\n' and text.n_tokens == 11
+    text.add(list('€'.encode()[:2]))
+    assert text.close() == '\ufffd'  # a character that never came
+
+
+@area('generation')
+def test_a_text_ends_before_its_stop_string_no_part_of_which_is_shown():
+    for size in (1, 2, 5, 99):  # tokens at a time
+        text, ids = Continuation(bytes, stop='STOP'), list(b'abSTSTOPxyzSTOP')
+        assert ''.join(text.add(ids[k:k + size]) for k in range(0, len(ids), size)) == text.text == 'abST'
+        assert text.ended and text.close() == '' and text.add([97]) == ''
+    text = Continuation(bytes, stop='STOP')
+    assert [text.add([byte]) for byte in b'aSTa'] == ['a', '', '', 'STa'] and text.add(list(b'ST')) == ''
+    assert text.close() == 'ST' and not text.ended and text.n_tokens == 6
 
 
 @area('generation')
@@ -809,7 +851,7 @@ def test_a_pickle_that_would_run_code_is_refused():
 @area('batches')
 def test_characters_round_trip_and_unknown_ones_are_refused():
     encode, decode = utils.create_codec(['\n', 'a', 'é'])
-    assert encode('aé\n') == [1, 2, 0] and decode([1, 2, 0]) == 'aé\n'
+    assert encode('aé\n') == [1, 2, 0] and decode([1, 2, 0]).decode() == 'aé\n'
     assert_refused(lambda: encode('axb'), "['b', 'x']")
 
 

@@ -52,10 +52,10 @@ def with_data(folder):
     return folder
 
 
-def run(folder, script, *args, **env):
-    """The finished process of a script, run in folder."""
+def run(folder, script, *args, stdin=None, **env):
+    """The finished process of a script, run in folder, with a text as its standard input."""
     return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], cwd=folder, capture_output=True,
-                          text=True, env=os.environ | CACHE | env, timeout=300)
+                          input=stdin, text=True, env=os.environ | CACHE | env, timeout=300)
 
 
 def train(folder, *args, **env):
@@ -85,12 +85,13 @@ def run_processes(folder, n, *args, devices=1):
 
 
 def one_line_error(result, *words):
-    """A user's mistake: one line on stderr with these words, and exit code 1."""
+    """A user's mistake: one line with these words is the last on stderr, no traceback before it, and exit code 1."""
     assert result.returncode == 1, result.stdout + result.stderr
-    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith('WARNING')]
-    assert len(lines) == 1 and lines[0].startswith('error: '), result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert [line for line in lines if line.startswith('error: ')] == lines[-1:], result.stderr
+    assert 'Traceback' not in result.stderr, result.stderr
     for word in words:
-        assert word in lines[0]
+        assert word in lines[-1]
 
 
 def saved(folder, out_dir, step):

@@ -3,14 +3,15 @@
 import os
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, run, train, with_data
+from conftest import CACHE, ROOT, TINY, one_line_error, run, train, with_data
 
 
-def sample(folder, *args):
-    result = run(folder, 'sample_jax.py', '--device=cpu', *args)
+def sample(folder, *args, **kwargs):
+    result = run(folder, 'sample_jax.py', '--device=cpu', *args, **kwargs)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -23,8 +24,10 @@ def trained(tmp_path_factory):
 
 
 def texts(out):
-    """The samples of an output, without what is printed before them."""
-    return out.split('parameters: 0.03M\n')[1].split('\n---------------\n')[:-1]
+    """The samples of an output, which is nothing else."""
+    *samples, rest = out.split('\n---------------\n')
+    assert rest == ''
+    return samples
 
 
 def test_samples_continue_the_prompt_past_block_size_and_repeat_with_the_seed(trained):
@@ -45,6 +48,38 @@ def test_temperature_zero_takes_the_most_likely_token_and_no_new_tokens_leave_th
     assert len(set(texts(greedy))) == 1 and texts(greedy) == texts(
         sample(trained, '--num_samples=2', '--max_new_tokens=9', '--start=abc', '--temperature=0.0', '--seed=9'))
     assert texts(sample(trained, '--num_samples=1', '--max_new_tokens=0', '--start=abc')) == ['abc']
+
+
+def test_streamed_samples_are_those_of_one_batch_and_standard_error_counts_them(trained):
+    args = ['--num_samples=3', '--max_new_tokens=40', '--start=abc']
+    streamed = run(trained, 'sample_jax.py', '--device=cpu', '--stream=True', *args)
+    assert streamed.stdout == sample(trained, *args)
+    assert re.search(r'^3 samples, 120 tokens in \d+\.\d\d s: \d+\.\d tokens/s, compilation included$', streamed.stderr, re.M)
+
+
+@pytest.mark.parametrize('stream', [True, False])
+def test_a_sample_ends_before_the_stop_string(trained, stream):
+    args = ['--num_samples=3', '--max_new_tokens=40', '--start=ab']
+    whole = texts(sample(trained, *args))
+    stop = whole[0][5:8]
+    cut = texts(sample(trained, *args, f'--stop={stop}', f'--stream={stream}'))
+    assert cut == ['ab' + text[2:].split(stop)[0] for text in whole] and len(cut[0]) == 5
+
+
+def test_prompts_are_read_line_by_line_and_a_bad_one_does_not_end_it(trained):
+    args = ['--interactive=True', '--max_new_tokens=5']
+    out = texts(sample(trained, *args, stdin='abc\n\nbcd\nabc'))
+    assert [t[:3] for t in out] == ['abc', 'bcd', 'abc'] and [len(t) for t in out] == [8] * 3
+    result = run(trained, 'sample_jax.py', '--device=cpu', *args, '--num_samples=1', '--start=a', stdin='x\nabc\n')
+    assert result.returncode == 1 and [t[:3] for t in texts(result.stdout)][1:] == ['abc']
+    assert [line for line in result.stderr.splitlines() if line.startswith('error: ')][0].startswith('error: the model never saw')
+    assert 'Traceback' not in result.stderr and '2 samples, 10 tokens' in result.stderr
+
+
+def test_a_reader_that_leaves_ends_sampling_without_a_traceback(trained):
+    command = f'{sys.executable} {ROOT}/sample_jax.py --device=cpu --max_new_tokens=200 --stream=True | head -c 1'
+    result = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, env=os.environ | CACHE)
+    assert result.stdout == '\n' and 'Traceback' not in result.stderr and 'BrokenPipe' not in result.stderr, result.stderr
 
 
 def test_the_vocabulary_comes_from_the_checkpoint(trained):
@@ -72,10 +107,7 @@ def test_the_vocabulary_comes_from_the_checkpoint(trained):
 ])
 def test_a_mistake_is_one_line(trained, args, words):
     (trained / 'latin1.txt').write_bytes(b'caf\xe9')
-    result = run(trained, 'sample_jax.py', '--device=cpu', '--start=a', *args)
-    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith('error: ')
-    for word in words:
-        assert word in result.stderr
+    one_line_error(run(trained, 'sample_jax.py', '--device=cpu', '--start=a', *args), *words)
 
 
 def test_a_tokenizer_out_of_reach_is_one_line(folder):
@@ -87,8 +119,7 @@ def test_a_tokenizer_out_of_reach_is_one_line(folder):
     write_hf(folder / 'hf', export_torch_weights(model))
     unreachable = {name: 'http://127.0.0.1:9' for name in ('https_proxy', 'HTTPS_PROXY')}
     unreachable['TIKTOKEN_CACHE_DIR'] = str(folder / 'empty')
-    result = run(folder, 'sample_jax.py', '--device=cpu', '--init_from=hf', **unreachable)
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and 'TIKTOKEN_CACHE_DIR' in result.stderr
+    one_line_error(run(folder, 'sample_jax.py', '--device=cpu', '--init_from=hf', **unreachable), 'TIKTOKEN_CACHE_DIR')
 
 
 @pytest.mark.parametrize('args, words', [
@@ -123,6 +154,16 @@ def test_bench_prints_nanogpts_line_and_what_the_step_takes(folder, real_data):
                  r'mfu is counted against 312 TFLOP/s, .* A100', r'host time per iteration \(batch and dispatch\): \d+\.\d\dms'):
         assert re.search(f'^{line}$', result.stdout, re.M), line
     assert result.stdout.count('/10 loss: ') == 10 and result.stdout.count('/20 loss: ') == 20
+
+
+def test_bench_times_sampling_beside_reading_the_weights(folder):
+    result = run(folder, 'bench_jax.py', *SMALL, '--max_new_tokens=20')
+    assert result.returncode == 0, result.stderr
+    line = re.search(r'^4 samples of 20 tokens: (\d+\.\d{3}) s, ([\d,.]+) tokens per second$', result.stdout, re.M)
+    seconds, rate = line.groups()
+    assert abs(float(rate.replace(',', '')) * float(seconds) / 80 - 1) < 0.1  # seconds are rounded
+    assert re.search(r'^time per token of each: \d+\.\d\dms; reading the 0\.1 MB of weights once: \d+\.\d\dms$', result.stdout,
+                     re.M)
 
 
 def test_bench_writes_a_profile(folder):

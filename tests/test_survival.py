@@ -193,7 +193,7 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint_and_says_so(two_checkp
     folder = shutil.copytree(two_checkpoints, tmp_path / 'copy')
     done = damage(folder / 'out_jax' / '6', random.Random(1))
     sampled = run(folder, 'sample_jax.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=3', '--start=a', '--which=latest')
-    assert sampled.returncode == 0 and 'sampling from iteration 4' in sampled.stdout and 'is damaged' in sampled.stdout
+    assert sampled.returncode == 0 and 'sampling from iteration 4' in sampled.stderr and 'is damaged' in sampled.stderr
     result = run(folder, 'train_jax.py', *RESUME, '--max_iters=7')
     assert result.returncode == 0, result.stderr
     assert f'{os.sep}6 is damaged' in result.stdout and 'from iteration 4' in result.stdout, done
