@@ -22,10 +22,11 @@ def sampling_logits(logits, temperature, top_k=None, top_p=1.0):
     all but the most likely that together reach the probability top_p."""
     logits = logits.astype(jnp.float32) / temperature
     if top_k is not None:
-        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
+        ordered = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0]
+        # min, not the last: of a slice XLA's CPU compiler makes a sort of all logits, which takes 60 times as long
+        logits = jnp.where(logits < ordered.min(axis=-1, keepdims=True), -jnp.inf, logits)
     if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
+        ordered = jnp.sort(logits, axis=-1, descending=True) if top_k is None else ordered
         probs = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs  # what the more likely ones have together
         least = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
@@ -49,13 +50,29 @@ def cached_hidden(model, idx, start, cache):
     for block, (ks, vs) in zip(model.transformer.h, cache):
         q, k, v = (a.swapaxes(1, 2) for a in block.attn.qkv(block.ln_1(x)))  # (B, nh, T, hs)
         ks, vs = (jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2) for old, new in ((ks, k), (vs, v)))
-        att = jnp.einsum('bnqh,bnkh->bnqk', q, ks, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        att = jax.nn.softmax(jnp.where(mask, att, -jnp.inf), axis=-1).astype(vs.dtype)
-        y = jnp.einsum('bnqk,bnkh->bnqh', att, vs).swapaxes(1, 2).reshape(x.shape)
-        x = x + block.attn.c_proj(y)
-        x = x + block.mlp(block.ln_2(x))
+        x = rest_of_block(block, x, q, ks, vs, mask)
         filled.append((ks, vs))
     return model.transformer.ln_f(x), filled
+
+
+def rest_of_block(block, x, q, ks, vs, mask):
+    """A block's output for x (B, T, C), whose queries q (B, nh, T, hs) see the keys and values (B, nh, L, hs) where mask, that
+    broadcasts to (T, L), is true."""
+    att = jnp.einsum('bnqh,bnkh->bnqk', q, ks, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    att = jax.nn.softmax(jnp.where(mask, att, -jnp.inf), axis=-1).astype(vs.dtype)
+    y = jnp.einsum('bnqk,bnkh->bnqh', att, vs).swapaxes(1, 2).reshape(x.shape)
+    x = x + block.attn.c_proj(y)
+    return x + block.mlp(block.ln_2(x))
+
+
+def last_hidden(model, idx):
+    """Hidden states (B, C) of the last position of idx (B, T), without a cache: the last block works for that one alone."""
+    x = model.transformer.wte(idx) + model.transformer.wpe(jnp.arange(idx.shape[1]))  # (B, T, C)
+    *blocks, last = model.transformer.h
+    for block in blocks:
+        x = block(x)
+    q, k, v = (a.swapaxes(1, 2) for a in last.attn.qkv(last.ln_1(x)))  # (B, nh, T, hs)
+    return model.transformer.ln_f(rest_of_block(last, x[:, -1:], q[:, :, -1:], k, v, True))[:, 0]
 
 
 def draw(logits, t, keys, temperature, top_k, top_p, n_vocab):
@@ -98,8 +115,8 @@ def slide(graphdef, params, tokens, t, stop, keys, temperature, top_k, top_p, n_
     window = model.config.block_size
 
     def step(t, tokens):
-        x = model.hidden(jax.lax.dynamic_slice_in_dim(tokens, t - window, window, axis=1))  # (B, window, C)
-        return write_token(tokens, draw(model.head(x[:, -1]), t, keys, temperature, top_k, top_p, n_vocab), t)
+        x = last_hidden(model, jax.lax.dynamic_slice_in_dim(tokens, t - window, window, axis=1))
+        return write_token(tokens, draw(model.head(x), t, keys, temperature, top_k, top_p, n_vocab), t)
     return jax.lax.fori_loop(t, stop, step, tokens)
 
 
