@@ -465,21 +465,24 @@ def make_eval_step(graphdef, mesh=None):
     return eval_step
 
 
-def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, block_size, micro_rows):
+def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, block_size, micro_rows,
+                  progress=lambda parts, what: parts):
     """{'train': loss, 'val': loss}: means over eval_iters batches that are the same in every run.
 
-    micro_rows: the most rows that a device takes at a time.
+    micro_rows: the most rows that a device takes at a time. progress(parts, what): shows how many of them are done.
     """
-    results = {}
+    means = {}
     for split in ('train', 'val'):
         n_offsets = count_tokens(data_dir, split, block_size) - block_size
         offsets = np.concatenate([batch_offsets(batch_size, n_offsets, 0, k, EVAL) for k in range(eval_iters)])
-        # all in one program, and one read at the end; rows are filled up to whole batches with some that do not count
+        # rows are filled up to whole batches with some that do not count; and up to 20 equal parts, each one program and one read
         rows = min(mesh.size * micro_rows, len(offsets) + -len(offsets) % mesh.size)
         offsets = np.pad(offsets, (0, -len(offsets) % rows), constant_values=-1).reshape(-1, rows)
-        results[split] = eval_step(params, *load_batch(mesh, data_dir, split, offsets, block_size))
-    return {split: float(np.average(losses.astype(np.float64), weights=counts))
-            for split, (losses, counts) in jax.device_get(results).items()}
+        n_parts = max(n for n in range(1, 21) if len(offsets) % n == 0)
+        results = [eval_step(params, *load_batch(mesh, data_dir, split, part, block_size)) for part in np.split(offsets, n_parts)]
+        losses, counts = zip(*[jax.device_get(result) for result in progress(results, f'evaluating {split}')])
+        means[split] = float(np.average(np.concatenate(losses).astype(np.float64), weights=np.concatenate(counts)))
+    return means
 
 
 # -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ $ python train_jax.py config/train_shakespeare_char.py --batch_size=32 --device=
 $ python train_jax.py --init_from=resume --out_dir=out-shakespeare-char
 """
 
+import math
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ from jax_devices import (
     attention_path, compute_dtype, enable_compilation_cache, launched_as, mute_all_but_first, on_host, peak_flops,
     print_or_go_on as print, report_user_error, select_devices, start_processes,
 )
+from jax_metrics import Metrics, progress, time_left
 from jax_train_utils import (
     StopRequest, check_settings, check_tokens, count_tokens, create_learning_rate_schedule, create_optimizer, crop_state,
     decay_groups, estimate_loss, find_non_finite, get_train_batch, init_train_state, load_meta, make_eval_step, make_mesh,
@@ -125,7 +127,8 @@ n_devices, n_micro = share_rows(n_rows, micro_rows, len(devices), fsdp, jax.proc
 if n_devices < len(devices):
     print(f'using {n_devices} of {len(devices)} devices: {n_rows} rows a step cannot be shared equally by more')
 mesh = make_mesh(take_devices(devices, n_devices), fsdp)
-print(f'tokens per iteration will be: {n_rows * block_size:,}')
+tokens_per_iter = n_rows * block_size
+print(f'tokens per iteration will be: {tokens_per_iter:,}')
 compute_type = compute_dtype(dtype, devices)
 if compute_type != dtype:
     print(f'computing in {compute_type}, as nanoGPT does on the {devices[0].platform}, not in {dtype}')
@@ -192,13 +195,17 @@ if eval_only and 'wandb_log' not in given:
 wandb_log = wandb_log and jax.process_index() == 0 # of several processes the first alone logs
 if wandb_log:
     wandb = optional_import('wandb')
-    wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+    # a resumed run goes on under its own id, which its checkpoints hold
+    run_id = saved['config'].get('wandb_run_id') if init_from == 'resume' and not eval_only else None
+    wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
+    config['wandb_run_id'] = wandb_run.id
 
 # where checkpoints go; opened this late so that a mistake above leaves no folder behind
 if not eval_only:
     checkpoints = Checkpoints(out_dir)
     if init_from == 'resume':
         checkpoints.set_aside_after(iter_num) # damaged ones, which would be in the way
+    metrics_file = Metrics(out_dir, iter_num) if jax.process_index() == 0 else None
 
 # training loop
 get_step_batch = partial(get_train_batch, mesh, data_dir, n_rows, n_micro, block_size, seed)
@@ -208,8 +215,9 @@ if not eval_only:
     t0 = time.time()
     train_step = train_step.lower(state, *batch, np.int32(iter_num)).compile()
     print(f'compiled in {time.time() - t0:.1f} s')
-start_iter = iter_num
+start_iter, start_time = iter_num, time.time()
 running_mfu = -1.0
+last_step = {} # of the last logged iteration, the gradient's norm and, in float16, the loss scale
 pending = None # (iteration, metrics) of a step whose line is still to be printed
 last_logged = iter_num - 1
 train_time = 0.0 # seconds since the last logged iteration and before t0, evaluations excluded
@@ -217,7 +225,7 @@ problem = None
 
 def log_step():
     """Print the pending step's line; reading its loss waits for it, so the next step should be queued by then."""
-    global pending, last_logged, train_time, t0, running_mfu, problem
+    global pending, last_logged, last_step, train_time, t0, running_mfu, problem
     if not pending:
         return
     it, metrics = pending
@@ -228,6 +236,11 @@ def log_step():
         mfu = model.estimate_mfu(n_rows, dt, n_devices * peak)
         running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
     print(f'iter {it}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%')
+    last_step = {name: float(value) for name, value in metrics.items() if name != 'loss'}
+    if metrics_file:
+        metrics_file.write(iter=it, tokens=(it + 1) * tokens_per_iter, loss=loss, lr=float(schedule(it)), **last_step,
+                           ms_per_iter=dt * 1000, tokens_per_s=tokens_per_iter / dt,
+                           mfu=running_mfu if running_mfu >= 0 else math.nan)
     problem = find_non_finite(it, metrics)
     checkpoints.check() # for an error in the background
 
@@ -241,7 +254,8 @@ while (iter_num <= max_iters or eval_only) and not stop.reached(iter_num) and no
             break
         jax.block_until_ready(state)
         train_time += time.time() - t0
-        losses = estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters, batch_size, block_size, micro_rows)
+        losses = estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters, batch_size, block_size, micro_rows,
+                               progress)
         print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         if wandb_log:
             wandb.log({
@@ -250,9 +264,17 @@ while (iter_num <= max_iters or eval_only) and not stop.reached(iter_num) and no
                 'val/loss': losses['val'],
                 'lr': float(schedule(iter_num)),
                 'mfu': running_mfu * 100, # in percent
+                **last_step,
             })
         if eval_only:
             break
+        if metrics_file:
+            metrics_file.write(iter=iter_num, tokens=iter_num * tokens_per_iter, train_loss=losses['train'],
+                               val_loss=losses['val'], lr=float(schedule(iter_num)))
+        if iter_num > start_iter: # as fast as so far, evaluations included
+            left = time_left((time.time() - start_time) / (iter_num - start_iter) * (max_iters + 1 - iter_num))
+            if left:
+                print(left)
         problem = find_non_finite(iter_num, {'validation loss': losses['val']})
         if problem:
             break

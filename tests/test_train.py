@@ -10,6 +10,7 @@ import pytest
 from conftest import ITER, ROOT, STEP, TINY, one_line_error, run, saved, train
 
 import jax_devices
+from jax_checkpoint import steps_on_disk
 from test_jax_transformer import make_step, tiny, tokens
 
 
@@ -33,7 +34,7 @@ def test_log_lines_are_nanogpts_and_the_loss_falls(folder):
         assert line in out, line
     assert len(re.findall(r'^compiled in \d+\.\d s$', out, re.M)) == 1
     # the latest is the state after the last iteration; the best is kept beside it
-    steps_kept = {int(name) for name in os.listdir(folder / 'out_jax')}
+    steps_kept = set(steps_on_disk(folder / 'out_jax'))
     best = min(steps[1:], key=lambda s: float(s[2]))
     assert steps_kept == {int(best[0]), 21}
 
@@ -77,7 +78,7 @@ def test_no_memory_is_one_line_that_names_what_helps(capsys):
 def test_only_improvements_are_kept_when_asked(folder):
     # a learning rate of 0 leaves the loss where it is: nothing improves after the first evaluation
     out = train(folder, '--max_iters=8', '--always_save_checkpoint=False', '--learning_rate=0.0', '--min_lr=0.0')
-    assert 'saving checkpoint' not in out and os.listdir(folder / 'out_jax') == ['9']
+    assert 'saving checkpoint' not in out and steps_on_disk(folder / 'out_jax') == [9]
 
 
 def test_a_second_run_does_not_overwrite_the_first(folder):
@@ -115,10 +116,13 @@ def test_the_configs_set_nothing_unknown(folder, name):
     assert 'WARNING' not in result.stdout and 'data/absent/train.bin does not exist' in result.stderr
 
 
-def test_wandb_logs_offline(folder):
+def test_wandb_logs_offline_and_a_resumed_run_keeps_its_id(folder):
     pytest.importorskip('wandb', reason='wandb is not installed')
-    train(folder, '--max_iters=4', '--wandb_log=True', '--wandb_project=p', WANDB_MODE='offline', WANDB_SILENT='true')
-    assert any(name.startswith('offline-run-') for name in os.listdir(folder / 'wandb'))
+    env = dict(WANDB_MODE='offline', WANDB_SILENT='true')
+    train(folder, '--max_iters=4', '--wandb_log=True', '--wandb_project=p', **env)
+    train(folder, '--init_from=resume', '--max_iters=6', **env)
+    runs = [name for name in os.listdir(folder / 'wandb') if name.startswith('offline-run-')]
+    assert len(runs) == 2 and len({name.split('-')[-1] for name in runs}) == 1  # resumed under its own id
 
 
 # -----------------------------------------------------------------------------
