@@ -1,5 +1,4 @@
 """The prepare scripts, run as a user runs them, on copies of data/ and without a network."""
-import importlib.util
 import os
 import pickle
 import shutil
@@ -200,35 +199,3 @@ def test_pydoc_needs_no_network_and_its_ids_are_its_vocabulary(data, tmp_path):
     from pydoc_data.topics import topics
     whole = ''.join(meta['itos'][i] for i in ids.tolist())
     assert whole == '\n\n'.join(topics[key] for key in sorted(topics))
-
-
-# -----------------------------------------------------------------------------
-# openwebtext, where the datasets package is installed
-
-def test_openwebtext_keeps_every_document_and_ends_each(data, monkeypatch, capsys, gpt2):
-    datasets = pytest.importorskip('datasets')
-    spec = importlib.util.spec_from_file_location('openwebtext', data / 'openwebtext' / 'prepare.py')
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    docs = [f'{i} <|endoftext|>' + ' word' * (i % 5) for i in range(2001)]
-    asked = {}
-
-    def load_dataset(repo, **kwargs):
-        asked.update(kwargs, repo=repo)
-        return datasets.Dataset.from_dict({'text': docs, 'url': docs})
-
-    monkeypatch.setattr(script, 'load_dataset', load_dataset)
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--num_proc=2', '--revision=refs/pr/22'])
-    script.main()
-
-    assert asked == {'repo': script.repo, 'revision': 'refs/pr/22', 'split': 'train', 'num_proc': 2}
-    assert 'warning: 2,001 documents where the whole corpus has 8,013,769' in capsys.readouterr().out
-    split = datasets.Dataset.from_dict({'text': docs}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    for ids, part in zip(read_bins(data / 'openwebtext'), (split['train'], split['test'])):
-        assert ids.tolist() == [t for doc in part['text'] for t in [*gpt2.encode_ordinary(doc), gpt2.eot_token]]
-
-
-def test_openwebtext_that_cannot_be_loaded_names_the_revision_flag(data, tmp_path, gpt2):
-    pytest.importorskip('datasets')
-    result = prepare(data / 'openwebtext', tmp_path, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'hf'))
-    assert_one_line_error(result, '--revision=')
