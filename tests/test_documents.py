@@ -44,6 +44,7 @@ SHORT = {'train_jax.py': ['--device=cpu', '--max_iters=0', '--eval_iters=1', '--
          'sample_jax.py': ['--device=cpu', '--num_samples=1', '--max_new_tokens=3']}
 RESUMED = ['--device=cpu', '--max_iters=1', '--eval_iters=1'] # the shape is the checkpoint's
 NOT_SHORT = {'test_jax_transformer': 'a suite of tests', 'gpt2': 'large, or a download', 'ckpt.pt': 'needs torch',
+             '../nanoGPT/': 'needs a log of nanoGPT',
              'data/shakespeare/': 'needs a tokenizer, which is a download', 'out-shakespeare ': 'is made of that'}
 
 # what train.py, model.py, sample.py and bench.py of nanoGPT (commit 3adf61e) take from torch and its tensors, by their syntax
