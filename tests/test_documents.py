@@ -24,7 +24,7 @@ def find(pattern):
 
 
 MAPPING = 'TORCH_TO_JAX_MAPPING.md'
-DOCUMENTS = ['README.md', 'JAX_README.md', MAPPING, 'BENCHMARKS.md', *find('data/*/readme.md')]
+DOCUMENTS = ['README.md', 'JAX_README.md', MAPPING, 'BENCHMARKS.md', *find('data/README.md'), *find('data/*/readme.md')]
 SCRIPTS = find('*_jax.py')
 PREPARE = find('data/*/prepare.py')
 each_document = pytest.mark.parametrize('document', DOCUMENTS)
@@ -183,7 +183,7 @@ def test_every_path_names_a_file(document):
     words = {word for span in spans(document) for word in REDIRECTED.sub('', span).split()}
     words.update(*commands(document))
     paths = {word for word in words if re.fullmatch(r'(?!\.\.)[\w.*][\w.*/-]*', word)
-             and re.search(r'\w/|\.(py|md|txt|json|toml|bin|pkl|pt|npz|safetensors|log)$', word)}
+             and re.search(r'\w/|[\w*>]\.(py|md|txt|json|toml|bin|pkl|pt|npz|safetensors|log)$', word)}
     assert_none([f'{document}: there is no {path}' for path in paths - ELSEWHERE
                  if not (is_file(path, document) or is_made(path, document))])
 
