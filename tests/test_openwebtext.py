@@ -76,7 +76,7 @@ def test_no_more_than_the_look_ahead_is_computed_before_it_is_taken():
     assert submitted == list(range(100))
 
 
-# runs a piece of code with a tokenize that waits at a document with 'wait here', until a file named go appears
+# before a piece of code: a tokenize that waits at a document with 'wait here' until a file named go appears, or a minute
 WAIT = f"""
 import os, sys, time
 sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})
@@ -84,7 +84,8 @@ from test_openwebtext import *
 common.gpt2_encoding, common.save_seconds = tiny_encoding, -1
 tokenize = common.tokenize
 def wait(texts, enc):
-    while any('wait here' in text for text in texts) and not os.path.exists('go'):
+    end = time.monotonic() + 60
+    while any('wait here' in text for text in texts) and not os.path.exists('go') and time.monotonic() < end:
         time.sleep(0.01)
     return tokenize(texts, enc)
 common.tokenize = wait
@@ -399,9 +400,11 @@ def test_flags_that_cannot_be_meant_are_refused(tmp_path, script, flags, words):
 @pytest.mark.parametrize('flags, words', [
     ([], ['cannot load Skylion007/openwebtext', '--revision=']),
     (['--input=broken.jsonl', '--out_dir=out'], ['broken.jsonl', 'row 1']),
+    (['--input=folder.txt', '--out_dir=out'], ['folder.txt', 'directory']),
 ], ids=str)
 def test_what_cannot_be_loaded_is_one_line(tmp_path, script, flags, words):
     (tmp_path / 'broken.jsonl').write_text(BAD['broken.jsonl'][0])
+    (tmp_path / 'folder.txt').mkdir()
     process = start(tmp_path, RUN, *flags)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1 and len(error.splitlines()) == 1, error

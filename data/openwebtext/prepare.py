@@ -129,3 +129,5 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print('stopped; the same command goes on from there', file=sys.stderr)
         sys.exit(130)
+    except OSError as e:  # a file that may not be read, a full disk
+        sys.exit(str(e))
