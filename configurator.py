@@ -36,7 +36,7 @@ def configure(script, argv=None):
             given.add(key)
             print(f'Overriding: {key} = {script[key]}')
         elif arg.startswith('-'):
-            fail(f'{arg} has no value; flags are written --key=value, as in --batch_size=32')
+            fail(f'{arg} has no value; flags are written --key=value, as in {arg}={defaults.get(arg.strip("-"), "...")}')
         else:
             given |= run_config_file(arg, script, defaults)
     return {k: script[k] for k in defaults}, given

@@ -80,7 +80,9 @@ def count_tokens(data_dir, split, block_size):
     """How many tokens a split has. Raises UserError where there is no batch to draw from."""
     path = os.path.join(data_dir, f'{split}.bin')
     if not os.path.exists(path):
-        raise UserError(f'{path} does not exist: prepare the data first, with python {os.path.join(data_dir, "prepare.py")}')
+        large = '. That is large; for a first run see config/train_pydoc_char.py' if data_dir.endswith('openwebtext') else ''
+        prepare = os.path.join(data_dir, 'prepare.py')
+        raise UserError(f'{path} does not exist: prepare the data first, with python {prepare}{large}')
     size = os.path.getsize(path)
     if size % 2 or size // 2 < block_size + 1:
         raise UserError(f'{path} has {size} bytes; it must hold at least block_size + 1 = {block_size + 1} '

@@ -65,7 +65,8 @@ if init_from == 'resume':
     gptconf = GPTConfig(**saved['model_args'], dtype=compute_type)
     params = checkpoints.params(step, gptconf, jax.sharding.SingleDeviceSharding(devices[0]))
     model = nnx.merge(split_model(gptconf)[2], params)
-    print(f'sampling from iteration {step} of {out_dir}')
+    newer = which == 'auto' and checkpoints.steps()[-1] > step
+    print(f'sampling from iteration {step} of {out_dir}' + (', the best; --which=latest takes a later one' if newer else ''))
 else:
     model = GPT.from_pretrained(init_from, dict(dropout=0.0), dtype=compute_type)
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')

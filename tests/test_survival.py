@@ -202,6 +202,11 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint_and_says_so(two_checkp
     assert '8' in names and any(name.startswith('damaged-6') for name in names)  # set aside, not deleted
 
 
+def test_sampling_says_that_a_later_checkpoint_was_left(two_checkpoints):
+    sampled = run(two_checkpoints, 'sample_jax.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=3', '--start=a')
+    assert 'sampling from iteration 4 of out_jax, the best; --which=latest takes a later one\n' in sampled.stderr
+
+
 @pytest.mark.parametrize('step', ['4', '6'])
 def test_any_damaged_file_leaves_the_rest_of_a_run_usable(two_checkpoints, tmp_path, step):
     rng = random.Random(2)

@@ -218,7 +218,7 @@ def test_devices_that_rows_do_not_divide_are_left_out(folder):
     (['--bach_size=3'], ['unknown flag --bach_size', 'did you mean --batch_size?']),
     (['--batch_size=3.5'], ['batch_size expects int, got 3.5 (float)']),
     (['--bias=1'], ['bias expects bool, got 1 (int)', 'True or False']),
-    (['--batch_size', '3'], ['--batch_size has no value', '--key=value']),
+    (['--batch_size', '3'], ['--batch_size has no value', '--key=value, as in --batch_size=12']),
     (['config/absent.py'], ['config/absent.py']),
     (['--dataset=absent'], ['data/absent/train.bin does not exist', 'data/absent/prepare.py']),
     (['--block_size=4000'], ['train.bin', '4001']),
