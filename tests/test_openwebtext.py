@@ -82,6 +82,7 @@ import os, sys, time
 sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})
 from test_openwebtext import *
 common.gpt2_encoding, common.save_seconds = tiny_encoding, -1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it as ignored
 tokenize = common.tokenize
 def wait(texts, enc):
     end = time.monotonic() + 60
