@@ -31,16 +31,16 @@ def _matmul_backward(saved, g):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def random_bits(key, shape):
-    """uint32 of the given shape: each element's index, hashed with a jax.random key.
+def random_bits(key, shape, t=0):
+    """uint32 of the given shape: each element's index, hashed with a jax.random key and a number t, int, that is added to it.
 
     MurmurHash3's finalizer (https://github.com/aappleby/smhasher, public domain), once for each half of the key.
     """
-    # jax.random's own threefry takes a tenth to a quarter of a training step on a CPU
+    # jax.random's own threefry takes a tenth to a quarter of a training step on a CPU, and a third of a second to compile
     strides = np.cumprod((1, *shape[:0:-1]))[::-1]
     bits = sum(lax.broadcasted_iota(jnp.uint32, shape, d) * np.uint32(s % 2 ** 32) for d, s in enumerate(strides))
     for half in jax.random.key_data(key)[:2]:
-        bits = bits ^ half
+        bits = bits ^ (half + jnp.uint32(t))
         bits = (bits ^ bits >> 16) * np.uint32(0x85ebca6b)
         bits = (bits ^ bits >> 13) * np.uint32(0xc2b2ae35)
         bits = bits ^ bits >> 16
@@ -59,8 +59,9 @@ def causal_attention(q, k, v, drop=lambda att: att):
     Scores and softmax are in float32, whatever the type. drop: dropout of the attention weights (B, nh, rows, keys).
     """
     B, T, nh, hs = q.shape
-    # queries in up to four parts, each with the keys it can see: 3/8 of the work lies behind the mask and is left out
-    rows = max(16, -(-T // 4))
+    # queries in up to four parts, each with the keys it can see: 3/8 of the work lies behind the mask and is left out; parts of
+    # fewer than 32 rows gain nothing, and compile longer
+    rows = max(32, -(-T // 4))
     parts = []
     for start in range(0, T, rows):
         end = min(start + rows, T)

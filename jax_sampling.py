@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_ops import random_bits
 from jax_transformer import UserError
 
 SMALLEST_BUCKET = 64  # tokens; prompts and the cache are padded to this, or its next double, up to block_size
@@ -79,7 +80,10 @@ def draw(logits, t, keys, temperature, top_k, top_p, n_vocab):
     """int32 (B,): a token for position t from logits (B, V), each row by its own key; ids from n_vocab on are never drawn."""
     logits = jnp.where(jnp.arange(logits.shape[-1]) < n_vocab, logits, -jnp.inf)
     logits = sampling_logits(logits, temperature, top_k, top_p)
-    return jax.vmap(jax.random.categorical)(jax.vmap(lambda key: jax.random.fold_in(key, t))(keys), logits).astype(jnp.int32)
+    bits = jax.vmap(lambda key: random_bits(key, logits.shape[-1:], t))(keys)
+    u = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0 ** -23  # uniform, and neither 0 nor 1
+    # the Gumbel-max trick: with this noise the largest logit is a draw from their softmax
+    return jnp.argmax(logits - jnp.log(-jnp.log(u)), axis=-1).astype(jnp.int32)
 
 
 def write_token(tokens, token, t):
@@ -87,25 +91,22 @@ def write_token(tokens, token, t):
 
 
 @partial(jax.jit, static_argnames=('graphdef', 'bucket', 'length'))
-def prefill(graphdef, params, tokens, t, bucket, length):
-    """(logits (B, V) after the first t tokens, cache of that length), in one pass over the first `bucket` of tokens (B, L)."""
+def prefill(graphdef, params, tokens, bucket, length):
+    """The cache, of that length, of the first `bucket` of tokens (B, L), in one pass."""
     model = nnx.merge(graphdef, params)
-    # what lies past t - 1 goes into the cache too, unseen: attention is causal, and it is overwritten before its turn
-    x, cache = cached_hidden(model, tokens[:, :bucket], 0, empty_cache(model.config, tokens.shape[0], length))
-    return model.head(jax.lax.dynamic_index_in_dim(x, t - 1, axis=1, keepdims=False)), cache
+    return cached_hidden(model, tokens[:, :bucket], 0, empty_cache(model.config, tokens.shape[0], length))[1]
 
 
 @partial(jax.jit, static_argnames=('graphdef', 'top_k', 'top_p'), donate_argnames=('tokens', 'cache'))
-def decode(graphdef, params, tokens, logits, cache, t, stop, keys, temperature, top_k, top_p, n_vocab):
-    """Fill tokens[:, t:stop], stop at most the cache's length, from the logits for t; (tokens, logits for stop, cache)."""
+def decode(graphdef, params, tokens, cache, t, stop, keys, temperature, top_k, top_p, n_vocab):
+    """Fill tokens[:, t:stop], stop at most one past the cache's length, which holds what comes before t - 1; (tokens, cache)."""
     model = nnx.merge(graphdef, params)
 
     def step(t, carry):
-        tokens, logits, cache = carry
-        token = draw(logits, t, keys, temperature, top_k, top_p, n_vocab)
-        x, cache = cached_hidden(model, token[:, None], t, cache)
-        return write_token(tokens, token, t), model.head(x[:, 0]), cache
-    return jax.lax.fori_loop(t, stop, step, (tokens, logits, cache))
+        tokens, cache = carry
+        x, cache = cached_hidden(model, jax.lax.dynamic_slice_in_dim(tokens, t - 1, 1, axis=1), t - 1, cache)
+        return write_token(tokens, draw(model.head(x[:, 0]), t, keys, temperature, top_k, top_p, n_vocab), t), cache
+    return jax.lax.fori_loop(t, stop, step, (tokens, cache))
 
 
 @partial(jax.jit, static_argnames=('graphdef', 'top_k', 'top_p'), donate_argnames='tokens')
@@ -140,20 +141,22 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
         temperature, top_k, top_p = 1.0, 1, 1.0
     (B, t), block_size = idx.shape, model.config.block_size
     graphdef, params = sampling_weights(model)
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(first + jnp.arange(B))
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(first + np.arange(B))
     how = dict(keys=keys, temperature=temperature, top_k=top_k, top_p=top_p, n_vocab=n_vocab or model.config.vocab_size)
     end = t + max_new_tokens
-    tokens = jnp.pad(jnp.asarray(idx, jnp.int32), ((0, 0), (0, bucket_of(max(end, block_size), block_size, 2**31) - t)))
-    def bucket(n):
-        return bucket_of(n, SMALLEST_BUCKET, block_size)
-    logits = None
+    room = bucket_of(max(end, block_size), block_size, 2**31) - t
+    tokens = jnp.asarray(np.pad(np.asarray(idx, np.int32), ((0, 0), (0, room))))
+    cache = None
     while t < end:
         stop = min(end, t + (chunk or end))
-        if t < block_size:
-            stop = min(stop, block_size)
-            if logits is None:
-                logits, cache = prefill(graphdef, params, tokens, t, bucket(t), length=bucket(end))
-            tokens, logits, cache = decode(graphdef, params, tokens, logits, cache, t, stop, **how)
+        if t <= block_size:
+            stop = min(stop, block_size + 1)
+            if cache is None:
+                # what lies past the prompt goes in too, unseen: attention is causal, and it is overwritten before its turn
+                length, filled = (bucket_of(n, SMALLEST_BUCKET, block_size) for n in (end - 1, t - 1))
+                cache = (prefill(graphdef, params, tokens, filled, length) if t > 1 else
+                         empty_cache(model.config, B, length))
+            tokens, cache = decode(graphdef, params, tokens, cache, t, stop, **how)
         else:
             tokens = slide(graphdef, params, tokens, t, stop, **how)
         yield np.asarray(tokens)[:, t:stop].copy()

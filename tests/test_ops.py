@@ -1,5 +1,6 @@
 """The operations of jax_ops.py against their plain forms, and on a GPU what its compiler made of them."""
 
+import itertools
 import math
 import re
 from functools import partial
@@ -21,7 +22,7 @@ def test_attention_in_parts_is_attention_under_a_mask():
         att = jnp.einsum('bqnh,bknh->bnqk', q, k) * q.shape[-1] ** -0.5
         att = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones(att.shape[-2:], bool)), att, -jnp.inf))
         return jnp.einsum('bnqk,bknh->bqnh', att, v)
-    for T in (1, 65, 258):  # one part, two of unequal length, four
+    for T in (1, 65, 258):  # one part, three of unequal length, four
         q, k, v = np.random.default_rng(T).normal(size=(3, 2, T, 2, 8)).astype(np.float32)
         got, want = (jax.vjp(f, q, k, v) for f in (causal_attention, plain))
         np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-6)  # float32 rounding
@@ -29,10 +30,11 @@ def test_attention_in_parts_is_attention_under_a_mask():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # sums over T
 
 
-def test_dropped_elements_are_a_random_share_that_differs_by_key():
+def test_dropped_elements_are_a_random_share_that_differs_by_key_and_t():
     keys = [jax.random.key(1), jax.random.fold_in(jax.random.key(1), 0), jax.random.fold_in(jax.random.key(1), 1)]
     shape = (64, 4, 64, 64)
-    sets = [np.unpackbits(np.asarray(random_bits(key, shape)).view(np.uint8)).reshape(*shape, 32) - 0.5 for key in keys]
+    sets = [np.unpackbits(np.asarray(random_bits(key, shape, t)).view(np.uint8)).reshape(*shape, 32) - 0.5
+            for key, t in (*((key, 0) for key in keys), (keys[0], 1), (keys[0], 2))]
     n = math.prod(shape)
     bound = 5 * 0.5 / n ** 0.5  # five standard deviations of the mean of n fair bits
     for bits in sets:
@@ -40,7 +42,7 @@ def test_dropped_elements_are_a_random_share_that_differs_by_key():
         for axis in range(4):  # neighbours along each axis, bit for bit; a product of two has half the deviation
             products = (bits * np.roll(bits, 1, axis)).mean((0, 1, 2, 3))
             assert abs(products).max() < bound / 2
-    for a, b in ((0, 1), (0, 2), (1, 2)):
+    for a, b in itertools.combinations(range(5), 2):
         assert abs((sets[a] * sets[b]).mean((0, 1, 2, 3))).max() < bound / 2
     kept = np.asarray(dropout(jnp.ones(shape), 0.2, keys[0]))
     assert set(np.unique(kept)) == {0, np.float32(1.25)} and abs((kept == 0).mean() - 0.2) < bound
