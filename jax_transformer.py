@@ -314,7 +314,8 @@ def export_torch_weights(model):
     return weights
 
 
-HF_MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+HF_MODELS = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
+             'gpt2-xl': (48, 25, 1600)}  # n_layer, n_head, n_embd
 CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # stored (in, out) there
 
 

@@ -20,7 +20,7 @@ from jax_devices import collectives, report_user_error, select_devices
 from jax_train_utils import (
     batch_sharding, check_settings, create_optimizer, create_train_state, make_mesh, make_train_step, shardings, split_model,
 )
-from jax_transformer import GPT, GPTConfig, UserError
+from jax_transformer import GPT, HF_MODELS, GPTConfig, UserError
 
 # -----------------------------------------------------------------------------
 model = 'gpt2,gpt2-xl,7b' # gpt2, gpt2-medium, gpt2-large, gpt2-xl, 7b (32 layers, 4096 wide), or several with commas
@@ -39,8 +39,7 @@ from configurator import configure
 config, given = configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------
 
-SHAPES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600),
-          '7b': (32, 32, 4096)} # n_layer, n_head, n_embd
+SHAPES = HF_MODELS | {'7b': (32, 32, 4096)} # n_layer, n_head, n_embd
 sys.excepthook = report_user_error
 sys.stdout.reconfigure(line_buffering=True)
 check_settings(config)

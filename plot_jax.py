@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from jax_devices import report_user_error
+from jax_metrics import METRICS
 from jax_transformer import UserError, optional_import
 
 # -----------------------------------------------------------------------------
@@ -51,7 +52,7 @@ OURS = re.compile(r'^platform: \w+, devices: \d')
 
 def read_lines(path):
     """The lines of an out_dir's metrics.jsonl, or of a text file. Raises UserError if it cannot be read."""
-    path = os.path.join(path, 'metrics.jsonl') if os.path.isdir(path) else path
+    path = os.path.join(path, METRICS) if os.path.isdir(path) else path
     try:
         with open(path, 'rb') as f:
             for line in f:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax_devices import attention_path, report_user_error, select_devices
 from jax_ops import causal_attention
 from jax_train_utils import check_settings, create_optimizer, load_meta, split_model, train_state
-from jax_transformer import GPTConfig, UserError
+from jax_transformer import HF_MODELS, GPTConfig, UserError
 
 # -----------------------------------------------------------------------------
 # model
@@ -49,7 +49,6 @@ from configurator import configure
 config, given = configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------
 
-GPT2 = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600)}
 sys.excepthook = report_user_error
 sys.stdout.reconfigure(line_buffering=True)
 check_settings(config)
@@ -60,16 +59,16 @@ if utilization > 1:
     raise UserError(f'utilization is {utilization}; it must be a share of the peak, at most 1')
 if not 0 <= compute < math.inf:
     raise UserError(f'compute is {compute}; it must be a number of FLOP, or 0.0 for what the run takes')
-if init_from != 'scratch' and init_from not in GPT2:
-    raise UserError(f'init_from is {init_from!r}; it must be scratch or one of {", ".join(GPT2)}. For other weights give their '
-                    'shape, by n_layer, n_head, n_embd, block_size, vocab_size and bias')
-if init_from in GPT2 and block_size > 1024:
+if init_from != 'scratch' and init_from not in HF_MODELS:
+    raise UserError(f'init_from is {init_from!r}; it must be scratch or one of {", ".join(HF_MODELS)}. For other weights give '
+                    'their shape, by n_layer, n_head, n_embd, block_size, vocab_size and bias')
+if init_from in HF_MODELS and block_size > 1024:
     raise UserError(f'block_size is {block_size}; the weights of {init_from} have 1024: give that or less')
 select_devices('cpu')
 
 # the model, without weights
-if init_from in GPT2:
-    (n_layer, n_head, n_embd), vocab_size, bias, vocab_of = GPT2[init_from], 50257, True, init_from
+if init_from in HF_MODELS:
+    (n_layer, n_head, n_embd), vocab_size, bias, vocab_of = HF_MODELS[init_from], 50257, True, init_from
 elif vocab_size:
     vocab_of = 'as given'
 else:

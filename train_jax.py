@@ -193,12 +193,13 @@ print(f'mfu is counted against {n_devices} x {peak / 1e12:g} TFLOP/s, the bfloat
 if eval_only and 'wandb_log' not in given:
     wandb_log = False # evaluating a checkpoint is not a run of its own
 wandb_log = wandb_log and jax.process_index() == 0 # of several processes the first alone logs
+# a resumed run goes on under its own id, which its checkpoints hold, those of a time without wandb_log too
+run_id = saved['config'].get('wandb_run_id') if init_from == 'resume' and not eval_only else None
 if wandb_log:
     wandb = optional_import('wandb')
-    # a resumed run goes on under its own id, which its checkpoints hold
-    run_id = saved['config'].get('wandb_run_id') if init_from == 'resume' and not eval_only else None
-    wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
-    config['wandb_run_id'] = wandb_run.id
+    run_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow').id
+if run_id:
+    config['wandb_run_id'] = run_id
 
 # where checkpoints go; opened this late so that a mistake above leaves no folder behind
 if not eval_only:

@@ -120,7 +120,8 @@ def test_wandb_logs_offline_and_a_resumed_run_keeps_its_id(folder):
     pytest.importorskip('wandb', reason='wandb is not installed')
     env = dict(WANDB_MODE='offline', WANDB_SILENT='true')
     train(folder, '--max_iters=4', '--wandb_log=True', '--wandb_project=p', **env)
-    train(folder, '--init_from=resume', '--max_iters=6', **env)
+    train(folder, '--init_from=resume', '--max_iters=6', '--wandb_log=False', **env)
+    train(folder, '--init_from=resume', '--max_iters=8', '--wandb_log=True', **env)
     runs = [name for name in os.listdir(folder / 'wandb') if name.startswith('offline-run-')]
     assert len(runs) == 2 and len({name.split('-')[-1] for name in runs}) == 1  # resumed under its own id
 
