@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_ops import causal_attention, cross_entropy, dropout, fused_attention, matmul
+from jax_ops import causal_attention, cross_entropy, dropout, fused_attention, gelu, matmul
 
 
 class UserError(ValueError):
@@ -155,7 +155,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x, rngs=None):
         x = self.c_fc(x)
-        x = jax.nn.gelu(x, approximate=False)  # erf, as nn.GELU(); jax defaults to the tanh form
+        x = gelu(x)  # the exact form, as nn.GELU()
         return self.dropout(self.c_proj(x), rngs=rngs)
 
 

@@ -107,7 +107,7 @@ def count_parts():
 def kept_by_part():
     """{part: bytes that it keeps of a row for the backward pass}, one block's for those in blocks.
 
-    Each part keeps its input: what a compiler cannot have again without computing a matrix product again.
+    Each part keeps its input, GELU its derivative: what a compiler cannot have again without computing a matrix product again.
     """
     c = jnp.dtype(dtype).itemsize
     kept = {'h.ln_1': 4 * T * C, 'h.attn.c_attn': c * T * C, 'h.attn.scores': c * 3 * T * C, 'h.attn.c_proj': c * T * C,

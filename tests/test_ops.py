@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jax_train_utils as utils
-from jax_ops import causal_attention, dropout, fused_attention, random_bits
+from jax_ops import causal_attention, dropout, fused_attention, gelu, random_bits
 from jax_transformer import GPTConfig
 from test_jax_transformer import tiny, tokens
 
@@ -28,6 +28,20 @@ def test_attention_in_parts_is_attention_under_a_mask():
         np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-6)  # float32 rounding
         for a, b in zip(got[1](np.cos(want[0])), want[1](np.cos(want[0]))):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # sums over T
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_gelu_is_the_exact_form_and_its_derivative_computed_in_float32(dtype):
+    x = jnp.concatenate([jnp.linspace(-12, 12, 4801), jnp.array([-1e4, 1e4])]).astype(dtype)  # 1e4 squared is no float16
+    exact = np.asarray(x, np.float64)
+    cdf = np.array([math.erfc(-v * 0.5 ** 0.5) / 2 for v in exact])
+    pdf = np.exp(-exact ** 2 / 2) / (2 * math.pi) ** 0.5
+    y, backward = jax.vjp(gelu, x)
+    # one rounding to the type, and float32's along the way: 6e-8 each for erf and 1 + erf, times -x, up to 5.5
+    rounding = jnp.finfo(dtype).eps / 2
+    for got, want in ((y, exact * cdf), (backward(jnp.ones_like(x))[0], cdf + exact * pdf)):
+        assert got.dtype == x.dtype
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=1.01 * rounding + 3e-7, atol=1e-6)
 
 
 def test_dropped_elements_are_a_random_share_that_differs_by_key_and_t():
