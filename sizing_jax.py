@@ -107,7 +107,7 @@ def count_parts():
 def kept_by_part():
     """{part: bytes that it keeps of a row for the backward pass}, one block's for those in blocks.
 
-    Each part keeps its input, GELU its derivative: what a compiler cannot have again without computing a matrix product again.
+    Each part keeps its input, GELU its derivative in place of it.
     """
     c = jnp.dtype(dtype).itemsize
     kept = {'h.ln_1': 4 * T * C, 'h.attn.c_attn': c * T * C, 'h.attn.scores': c * 3 * T * C, 'h.attn.c_proj': c * T * C,
@@ -190,7 +190,7 @@ memory = {"weights, float32": n_bytes(state['params']), "AdamW's two moments": n
 # one micro-step's gradients come as its activations go, but a sum over several is there all the time
 memory['together'] = sum(held) + (gradients + kept_rows if gradient_accumulation_steps > 1 else max(gradients, kept_rows))
 memory['a checkpoint'] = n_bytes(state)
-columns((f'memory of a device, at least ({dtype}, {attention} attention)', 'bytes', 'GiB'),
+columns((f'memory of a device, about ({dtype}, {attention} attention)', 'bytes', 'GiB'),
         *((name, f'{n:,}', f'{n / 2**30:.2f}') for name, n in memory.items()))
 print()
 

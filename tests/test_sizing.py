@@ -224,14 +224,15 @@ def test_memory_is_that_of_the_compiled_training_step(n_micro, rows, settings):
     assert least <= running <= 2.2 * least
 
 
-def test_an_h100s_compiled_step_needs_little_more_than_the_least():
+def test_an_h100s_compiled_step_needs_about_what_is_printed():
     # GiB while the step of 124M runs, one micro-step, by XLA for an H100: BENCHMARKS.md, One GPU
-    for rows, settings, GiB in ((12, {}, 6.2), (64, {}, 30.9), (12, {'remat': True}, 1.8), (64, {'remat': True}, 8.9),
-                                (12, {'attention': 'xla'}, 12.9), (12, {'dropout': 0.1}, 14.2)):
+    for rows, settings, GiB in ((12, {}, 5.1), (64, {}, 26.0), (12, {'remat': True}, 1.8), (64, {'remat': True}, 8.9),
+                                (12, {'attention': 'xla'}, 12.2), (12, {'dropout': 0.1}, 13.3)):
         out = output(*flags(batch_size=rows, gradient_accumulation_steps=1, **settings))
-        least = number(out, 'together') - number(out, 'weights, float32') - number(out, "AdamW's two moments")
-        # its compiler keeps some results of elementwise work, and with few rows 16-bit copies of weights count
-        assert 0.78 < least / 2**30 / GiB < 1, (rows, settings)
+        estimate = number(out, 'together') - number(out, 'weights, float32') - number(out, "AdamW's two moments")
+        # its compiler keeps some results of elementwise work, and with few rows 16-bit copies of weights count; with many rows it
+        # computes some of what is counted again: the embeddings' sum, for instance, which is 1%
+        assert 0.9 < estimate / 2**30 / GiB < 1.03, (rows, settings)
 
 
 def test_what_each_part_keeps_is_among_what_jax_saves():
