@@ -1,9 +1,9 @@
 """
-Checkpoints to and from PyTorch: nanoGPT's ckpt.pt both ways, and a folder for Hugging Face transformers.
+Convert checkpoints from and to PyTorch: nanoGPT's ckpt.pt both ways, and a folder for Hugging Face
+transformers. Only a ckpt.pt needs torch. Nothing at dst is overwritten.
 $ python convert_jax.py --src=ckpt.pt --dst=out-converted
 $ python convert_jax.py --src=out-shakespeare-char --dst=ckpt.pt --format=nanogpt
 $ python convert_jax.py --src=out-shakespeare-char --dst=hf-shakespeare --format=hf
-A ckpt.pt needs torch, to read and to write; the folder does not. Nothing that lies at dst is overwritten.
 """
 
 import json
@@ -15,79 +15,102 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jax_checkpoint import Checkpoints, steps_on_disk
-from jax_devices import report_user_error, select_devices
-from jax_train_utils import create_optimizer, create_train_state, load_meta, make_mesh, split_model
-from jax_transformer import (
-    CONV1D, GPT, GPT_ARGS, GPTConfig, UserError, export_torch_weights, load_torch_weights, optional_import,
+from jax_train_utils import (
+    Checkpoints, abstract_train_state, create_optimizer, create_train_state, split_model,
 )
+from jax_transformer import GPT_ARGS, GPTConfig, export_torch_weights, load_torch_weights
+from nanogpt_jax.checkpoint import steps_on_disk
+from nanogpt_jax.devices import select_devices
+from nanogpt_jax.errors import UserError, optional_import, report_user_error
+from nanogpt_jax.pretrained import CONV1D
+from nanogpt_jax.sharding import make_mesh
+from nanogpt_jax.tokenizer import load_meta
 
+sys.excepthook = report_user_error
 # -----------------------------------------------------------------------------
-src = '' # a ckpt.pt of nanoGPT, or the out_dir of a run here
-dst = '' # what is made of it: an out_dir, a ckpt.pt, or a folder
-format = 'jax' # what to make: 'jax', a run's out_dir; 'nanogpt', a ckpt.pt; 'hf', a folder for Hugging Face transformers
-which = 'auto' # the checkpoint of a run: 'latest', 'best', an iteration, or 'auto', as in sample_jax.py
+src = '' # a ckpt.pt of nanoGPT, or the out_dir of a run of train_jax.py
+dst = '' # the path to write: an out_dir, a ckpt.pt, or a folder
+format = 'jax' # what to write: an out_dir ('jax'), a ckpt.pt ('nanogpt') or a folder ('hf')
+checkpoint = 'auto' # of an out_dir: 'latest', 'best', an iteration, or 'auto', as in sample_jax.py
 from configurator import configure
 configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------
 
-sys.excepthook = report_user_error
 devices = select_devices('cpu')[:1]
-TX = create_optimizer(lambda it: 0.0, weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0) # for the form of its state alone
+# only the structure of its state is used
+TX = create_optimizer(lambda it: 0.0, weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0)
 
 
 def parameter_names(weights):
-    """nanoGPT's order of parameters, the tied head left out."""
-    def place(name):
+    """Names of the parameters in nanoGPT's order, without the tied head."""
+    def position(name):
         parts = name.split('.')
-        inside = ('ln_1', 'attn', 'ln_2', 'mlp').index(parts[3]) if parts[1] == 'h' else 0
-        return (('wte', 'wpe', 'h', 'ln_f').index(parts[1]), int(parts[2]) if parts[1] == 'h' else 0, inside,
-                'c_proj' in parts, parts[-1] == 'bias')
-    return sorted((name for name in weights if name != 'lm_head.weight'), key=place)
+        block, module = 0, 0
+        if parts[1] == 'h':
+            block, module = int(parts[2]), ('ln_1', 'attn', 'ln_2', 'mlp').index(parts[3])
+        return (('wte', 'wpe', 'h', 'ln_f').index(parts[1]), block, module, 'c_proj' in parts,
+                parts[-1] == 'bias')
+    return sorted((name for name in weights if name != 'lm_head.weight'), key=position)
 
 
 def optimizer_names(weights):
-    """The names in the order of nanoGPT's optimizer: its group with weight decay, and the one without."""
+    """Names in the two groups of nanoGPT's optimizer: (with weight decay, without)."""
     names = parameter_names(weights)
-    return [n for n in names if len(weights[n].shape) >= 2], [n for n in names if len(weights[n].shape) < 2]
+    return ([name for name in names if len(weights[name].shape) >= 2],
+            [name for name in names if len(weights[name].shape) < 2])
 
 
 # -----------------------------------------------------------------------------
-# nanoGPT's ckpt.pt in
+# from nanoGPT's ckpt.pt
 
 def read_ckpt(path):
-    """The dict of a ckpt.pt. torch reads it with weights_only, so it cannot run code. Raises UserError."""
+    """Load a ckpt.pt, with weights_only so that it cannot run code. Raises UserError."""
     torch = optional_import('torch')
     if not os.path.isfile(path):
         raise UserError(f'{path} is not a file; give a ckpt.pt of nanoGPT with --src')
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: # a damaged file can raise nearly anything, and one that would run code UnpicklingError
-        raise UserError(f'cannot read {path} ({type(e).__name__}): it is damaged, or holds more than tensors and plain '
-                        'data') from e
+    except Exception as e:  # UnpicklingError if it would run code, nearly anything if damaged
+        raise UserError(f'cannot read {path} ({type(e).__name__}): it is damaged, or holds more '
+                        'than tensors and plain data') from e
     wanted = {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'}
     if not isinstance(ckpt, dict) or wanted - ckpt.keys():
         found = sorted(map(str, ckpt)) if isinstance(ckpt, dict) else type(ckpt).__name__
-        raise UserError(f'{path} is no checkpoint of nanoGPT: it lacks some of {sorted(wanted)}, and has {found}')
+        raise UserError(f'{path} is no checkpoint of nanoGPT: it lacks some of {sorted(wanted)}, '
+                        f'and has {found}')
     return ckpt
 
 
-def model_config(model_args):
-    """The GPTConfig of a checkpoint's model_args. Raises UserError for what is missing among them."""
+def read_config(model_args):
+    """The GPTConfig of a checkpoint's model_args. Raises UserError if they are incomplete."""
     if not isinstance(model_args, dict) or set(GPT_ARGS) - model_args.keys() - {'dropout'}:
-        raise UserError(f'{src} lacks some of {", ".join(GPT_ARGS)} in its model_args: {model_args}')
+        raise UserError(f'{src} lacks some of {", ".join(GPT_ARGS)} in its model_args: '
+                        f'{model_args}')
     return GPTConfig(**{name: model_args[name] for name in GPT_ARGS if name in model_args})
 
 
-def load(config, weights):
-    """Parameters as a plain tree, from arrays under nanoGPT's names."""
-    model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)))
+def read_weights(ckpt):
+    """{nanoGPT's name: float32 array} of a checkpoint's model."""
+    prefixes = ('_orig_mod.', 'module.')  # of torch.compile and of DDP
+    weights = {}
+    for name, tensor in ckpt['model'].items():
+        while name.startswith(prefixes):
+            name = name.split('.', 1)[1]
+        if not name.endswith('.attn.bias'):  # a buffer with the causal mask
+            weights[name] = tensor.float().numpy()
+    return weights
+
+
+def model_with(config, weights):
+    """A model with the given weights, {nanoGPT's name: array}."""
+    model = split_model(config)[0]
     load_torch_weights(model, weights)
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return model
 
 
-def moments(ckpt, weights):
-    """(exp_avg, exp_avg_sq, steps): AdamW's state under the parameters' names, or None where no step was taken."""
+def read_moments(ckpt, weights):
+    """AdamW's state, as (exp_avg, exp_avg_sq, number of steps), the first two by nanoGPT's names;
+    None before the first step. Raises UserError."""
     optimizer = ckpt['optimizer']
     decayed, others = optimizer_names(weights)
     try:
@@ -95,127 +118,160 @@ def moments(ckpt, weights):
         state = optimizer['state']
         if not state:
             return None
-        if [len(group['params']) for group in optimizer['param_groups']] != [len(decayed), len(others)]:
+        if [len(g['params']) for g in optimizer['param_groups']] != [len(decayed), len(others)]:
             raise ValueError(f'its groups have not {len(decayed)} and {len(others)} parameters')
-        exp_avg, exp_avg_sq = ({name: state[i][key].float().numpy() for i, name in zip(order, decayed + others)}
-                               for key in ('exp_avg', 'exp_avg_sq'))
+        exp_avg, exp_avg_sq = (
+            {name: state[i][key].float().numpy() for i, name in zip(order, decayed + others)}
+            for key in ('exp_avg', 'exp_avg_sq'))
         steps = {int(state[i]['step']) for i in order}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f'{src} has an optimizer state that is not of nanoGPT\'s AdamW ({type(e).__name__}: {e})') from e
+        raise UserError(f"{src} has an optimizer state that is not of nanoGPT's AdamW "
+                        f'({type(e).__name__}: {e})') from e
     if len(steps) != 1:
-        raise UserError(f'{src} has taken different numbers of optimizer steps for its parameters: {sorted(steps)}')
+        raise UserError(f'{src} counts different numbers of optimizer steps for its parameters: '
+                        f'{sorted(steps)}')
     return exp_avg, exp_avg_sq, steps.pop()
 
 
-def with_moments(opt_state, mu, nu, steps, iter_num):
-    """An optimizer state with AdamW's moments, its count of steps, and the schedule's, which follows the iteration."""
-    def put(state):
+def set_moments(opt_state, mu, nu, steps, iter_num):
+    """An optimizer state with AdamW's moments and step count, and with the schedule's count, which
+    is the iteration."""
+    def replaced(state):
         if isinstance(state, optax.ScaleByAdamState):
             return state._replace(mu=mu, nu=nu, count=np.int32(steps))
-        return state._replace(count=np.int32(iter_num)) if isinstance(state, optax.ScaleByScheduleState) else state
-    return jax.tree.map(put, opt_state, is_leaf=lambda s: isinstance(s, (optax.ScaleByAdamState, optax.ScaleByScheduleState)))
+        if isinstance(state, optax.ScaleByScheduleState):
+            return state._replace(count=np.int32(iter_num))
+        return state
+    kinds = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
+    return jax.tree.map(replaced, opt_state, is_leaf=lambda s: isinstance(s, kinds))
+
+
+def read_state(ckpt, config):
+    """(training state on this machine's CPU, whether it has the optimizer's moments)."""
+    weights = read_weights(ckpt)
+    state = create_train_state(model_with(config, weights), TX)
+    moments = read_moments(ckpt, weights)
+    if moments:
+        *trees, steps = moments
+        mu, nu = (nnx.to_pure_dict(nnx.state(model_with(config, tree), nnx.Param))
+                  for tree in trees)
+        state['opt_state'] = set_moments(state['opt_state'], mu, nu, steps, int(ckpt['iter_num']))
+    return jax.device_put(state, devices[0]), moments is not None
+
+
+def find_chars(config, data_dir):
+    """The characters of a model's vocabulary, from its data set; None for GPT-2's BPE. Raises
+    UserError if the data set has another vocabulary."""
+    vocab_size, chars = load_meta(data_dir)
+    if chars is None and config.vocab_size < 50257:  # so the ids are not GPT-2's
+        print(f'WARNING: no meta.pkl in {data_dir}, so {dst} can be trained but not sampled: '
+              'prepare the data, and convert again')
+        chars = []
+    if vocab_size and vocab_size != config.vocab_size < 50257:
+        raise UserError(f'{data_dir} has a vocabulary of {vocab_size}, the model of {src} one of '
+                        f'{config.vocab_size}: prepare the data that it was trained on')
+    return chars
 
 
 def nanogpt_to_run():
     if steps_on_disk(dst):
         raise UserError(f'{dst} holds checkpoints of another run; choose another --dst')
     ckpt = read_ckpt(src)
-    prefixes = ('_orig_mod.', 'module.') # of torch.compile, and of DDP
-    weights = {}
-    for name, tensor in ckpt['model'].items():
-        while name.startswith(prefixes):
-            name = name.split('.', 1)[1]
-        if not name.endswith('.attn.bias'): # a buffer with the causal mask
-            weights[name] = tensor.float().numpy()
-    config = model_config(ckpt['model_args'])
-    params = load(config, weights)
-    state = create_train_state(nnx.merge(split_model(config)[1], params), TX)
-    kept = moments(ckpt, weights)
-    iter_num = int(ckpt['iter_num'])
-    if kept:
-        exp_avg, exp_avg_sq, steps = kept
-        state['opt_state'] = with_moments(state['opt_state'], load(config, exp_avg), load(config, exp_avg_sq), steps, iter_num)
-    state = jax.device_put(state, devices[0])
-
+    config = read_config(ckpt['model_args'])
+    state, has_moments = read_state(ckpt, config)
     model_args = {name: getattr(config, name) for name in GPT_ARGS}
-    settings = {'always_save_checkpoint': True} | ckpt['config'] | {k: v for k, v in model_args.items() if k != 'vocab_size'}
-    data_dir = os.path.join('data', str(settings.get('dataset', '')))
-    vocab_size, chars = load_meta(data_dir)
-    if chars is None and config.vocab_size < 50257: # not GPT-2's tokens, then
-        print(f'WARNING: no meta.pkl in {data_dir}, so {dst} can be trained but not sampled: prepare the data, and convert again')
-        chars = []
-    if vocab_size and vocab_size != config.vocab_size < 50257:
-        raise UserError(f'{data_dir} has a vocabulary of {vocab_size}, the model of {src} one of {config.vocab_size}: prepare '
-                        'the data that it was trained on')
-    checkpoints = Checkpoints(dst)
-    checkpoints.save(state, iter_num, float(ckpt['best_val_loss']), model_args, settings, chars)
-    checkpoints.close()
-    print(f'{dst} has iteration {iter_num} of {src}, {"with" if kept else "without"} the optimizer\'s moments; go on with: '
+    shape = {name: value for name, value in model_args.items() if name != 'vocab_size'}
+    settings = {'always_save_checkpoint': True} | ckpt['config'] | shape
+    chars = find_chars(config, os.path.join('data', str(settings.get('dataset', ''))))
+    iter_num = int(ckpt['iter_num'])
+    with Checkpoints(dst) as checkpoints:
+        checkpoints.save(state, iter_num, float(ckpt['best_val_loss']), model_args, settings, chars)
+    print(f'{dst} has iteration {iter_num} of {src}, {"with" if has_moments else "without"} the '
+          "optimizer's moments; resume with: "
           f'python train_jax.py --init_from=resume --out_dir={dst}')
 
 
 # -----------------------------------------------------------------------------
-# a run out
+# from a run
 
 def read_run():
-    """(weights, first moments, second moments, each under nanoGPT's names; Adam's count; the checkpoint's meta)."""
+    """(weights, first moments, second moments, Adam's count, the checkpoint's meta); the first
+    three by nanoGPT's names."""
     checkpoints = Checkpoints(src, read_only=True)
-    step = checkpoints.find(which)
+    step = checkpoints.find(checkpoint)
     meta = checkpoints.meta(step)
     config = GPTConfig(**meta['model_args'])
-    state = checkpoints.state(step, config, TX, make_mesh(devices))
-    adam = next(s for s in jax.tree.leaves(state['opt_state'], is_leaf=lambda s: isinstance(s, optax.ScaleByAdamState))
-                if isinstance(s, optax.ScaleByAdamState))
+    state = checkpoints.state(step, abstract_train_state(config, TX, make_mesh(devices)))
+
+    def is_adam(s):
+        return isinstance(s, optax.ScaleByAdamState)
+    adam = next(filter(is_adam, jax.tree.leaves(state['opt_state'], is_leaf=is_adam)))
     graphdef = split_model(config)[1]
-    trees = (export_torch_weights(nnx.merge(graphdef, tree)) for tree in (state['params'], adam.mu, adam.nu))
+    trees = (export_torch_weights(nnx.merge(graphdef, tree))
+             for tree in (state['params'], adam.mu, adam.nu))
     return *trees, int(adam.count), meta
 
 
 def run_to_nanogpt():
     torch = optional_import('torch')
     *trees, steps, meta = read_run()
-    weights, exp_avg, exp_avg_sq = ({name: torch.tensor(w) for name, w in tree.items()} for tree in trees)
+    weights, exp_avg, exp_avg_sq = ({name: torch.tensor(w) for name, w in tree.items()}
+                                    for tree in trees)
     settings = meta['config']
     decayed, others = optimizer_names(weights)
-    # a real AdamW, so that its state has the form of the torch that is installed
-    groups = [{'params': [torch.nn.Parameter(weights[name]) for name in names], 'weight_decay': decay}
+    # a real AdamW, so that its state has the format of the installed torch
+    groups = [{'params': [torch.nn.Parameter(weights[name]) for name in names],
+               'weight_decay': decay}
               for names, decay in ((decayed, settings.get('weight_decay', 0.1)), (others, 0.0))]
+    betas = settings.get('beta1', 0.9), settings.get('beta2', 0.95)
     optimizer = torch.optim.AdamW(groups, lr=settings.get('learning_rate', 6e-4),
-                                  betas=(settings.get('beta1', 0.9), settings.get('beta2', 0.95))).state_dict()
+                                  betas=betas).state_dict()
     if steps:
         optimizer['state'] = {
-            i: {'step': torch.tensor(float(steps)), 'exp_avg': exp_avg[name], 'exp_avg_sq': exp_avg_sq[name]}
+            i: {'step': torch.tensor(float(steps)), 'exp_avg': exp_avg[name],
+                'exp_avg_sq': exp_avg_sq[name]}
             for i, name in enumerate(decayed + others)}
-    ckpt = {'model': {name: weights[name] for name in [*parameter_names(weights), 'lm_head.weight']},
+    names = [*parameter_names(weights), 'lm_head.weight']
+    ckpt = {'model': {name: weights[name] for name in names},
             'optimizer': optimizer, 'model_args': meta['model_args'], 'iter_num': meta['iter_num'],
             'best_val_loss': meta['best_val_loss'], 'config': settings}
     os.makedirs(os.path.dirname(os.path.abspath(dst)), exist_ok=True)
     torch.save(ckpt, dst + '.part')
     os.replace(dst + '.part', dst)
-    print(f'{dst} has iteration {meta["iter_num"]} of {src}, for nanoGPT\'s out_dir (--init_from=resume)')
+    print(f'{dst} has iteration {meta["iter_num"]} of {src}; '
+          "nanoGPT resumes it from its out_dir with --init_from=resume")
+
+
+def hf_config(args):
+    """The config.json of a GPT-2 with these model_args."""
+    end = 50256 if args['vocab_size'] > 50256 else None  # GPT-2's <|endoftext|>
+    sizes = {name: args[name] for name in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
+    dropout = {f'{part}_pdrop': args['dropout'] for part in ('attn', 'embd', 'resid')}
+    return dict(architectures=['GPT2LMHeadModel'], model_type='gpt2',
+                activation_function='gelu',  # the exact form
+                n_positions=args['block_size'], **sizes, layer_norm_epsilon=1e-5,
+                tie_word_embeddings=True, dtype='float32', bos_token_id=end, eos_token_id=end,
+                **dropout)
 
 
 def run_to_hf():
     save_file = optional_import('safetensors.numpy').save_file
     weights, *_, meta = read_run()
-    args = meta['model_args']
-    tensors = {name: np.ascontiguousarray(weights[name].T) if name.endswith(CONV1D) else weights[name]
-               for name in parameter_names(weights)}
-    for name in parameter_names(weights): # GPT-2 has all biases: where the model has none they are zero
+    names = parameter_names(weights)
+    tensors = {name: np.ascontiguousarray(weights[name].T) if name.endswith(CONV1D)
+               else weights[name] for name in names}
+    for name in names:  # GPT-2 has all biases; zeros where the model has none
         if name.endswith('.weight') and name.split('.')[-2] not in ('wte', 'wpe'):
-            tensors.setdefault(name.removesuffix('weight') + 'bias', np.zeros(weights[name].shape[0], np.float32))
-    end = 50256 if args['vocab_size'] > 50256 else None # GPT-2's <|endoftext|>
-    config = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu', # the exact one
-                  n_positions=args['block_size'], vocab_size=args['vocab_size'], n_layer=args['n_layer'], n_head=args['n_head'],
-                  n_embd=args['n_embd'], layer_norm_epsilon=1e-5, tie_word_embeddings=True, dtype='float32',
-                  bos_token_id=end, eos_token_id=end, **{f'{p}_pdrop': args['dropout'] for p in ('attn', 'embd', 'resid')})
+            bias = np.zeros(weights[name].shape[0], np.float32)
+            tensors.setdefault(name.removesuffix('weight') + 'bias', bias)
     part = dst.rstrip('/\\') + '.part'
     os.makedirs(part, exist_ok=True)
     save_file(tensors, os.path.join(part, 'model.safetensors'), metadata={'format': 'pt'})
     with open(os.path.join(part, 'config.json'), 'w', encoding='utf-8') as f:
-        json.dump(config, f, indent=1)
+        json.dump(hf_config(meta['model_args']), f, indent=1)
     os.replace(part, dst)
-    print(f'{dst} has iteration {meta["iter_num"]} of {src}, for transformers.GPT2LMHeadModel.from_pretrained')
+    print(f'{dst} has iteration {meta["iter_num"]} of {src}, '
+          'for transformers.GPT2LMHeadModel.from_pretrained')
 
 
 makers = {'jax': nanogpt_to_run, 'nanogpt': run_to_nanogpt, 'hf': run_to_hf}
@@ -223,9 +279,9 @@ if format not in makers:
     raise UserError(f'format is {format!r}; it must be jax, nanogpt or hf')
 for name, value in (('src', src), ('dst', dst)):
     if not value:
-        raise UserError(f'give --{name}: {"what to convert" if name == "src" else "where it goes"}')
+        raise UserError(f'give --{name}, the path to {"read" if name == "src" else "write"}')
 if format != 'jax' and os.path.exists(dst):
-    raise UserError(f'{dst} is there already, and is not overwritten; choose another --dst')
+    raise UserError(f'{dst} exists, and is not overwritten; choose another --dst')
 try:
     makers[format]()
 except OSError as e:

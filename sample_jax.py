@@ -1,7 +1,7 @@
 """
 Sample from a trained model.
 $ python sample_jax.py --out_dir=out-pydoc-char --start="The "
-$ python sample_jax.py --init_from=gpt2-xl --start="FILE:prompt.txt" --num_samples=5 --max_new_tokens=100
+$ python sample_jax.py --init_from=gpt2-xl --start="FILE:prompt.txt" --num_samples=5
 $ python sample_jax.py --out_dir=out-pydoc-char --interactive=True --stream=True
 """
 
@@ -10,44 +10,50 @@ import time
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
-from jax_checkpoint import Checkpoints
-from jax_devices import compute_dtype, enable_compilation_cache, report_user_error, select_devices
-from jax_sampling import Continuation, stream_tokens
-from jax_train_utils import create_codec, read_prompt, split_model
-from jax_transformer import GPT, GPTConfig, UserError
+from jax_train_utils import Checkpoints, abstract_train_state, split_model
+from jax_transformer import GPT, GPTConfig
+from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
+from nanogpt_jax.errors import UserError, report_user_error
+from nanogpt_jax.sampling import Continuation, stream_tokens
+from nanogpt_jax.sharding import make_mesh
+from nanogpt_jax.tokenizer import get_tokenizer, read_prompt
 
-# standard output is for the samples alone; what else there is to say goes to standard error
+sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
+# standard output is for the samples; all else goes to standard error
 samples_out, sys.stdout = sys.stdout, sys.stderr
 # -----------------------------------------------------------------------------
-init_from = 'resume' # 'resume' (a run's out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with GPT-2 weights
-out_dir = 'out_jax' # read where init_from is 'resume'
-which = 'auto' # the checkpoint: 'latest', 'best', an iteration, or 'auto', best where the run kept improvements only, else latest
+init_from = 'resume' # 'resume' (a run's out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl',
+                     # or a folder with GPT-2 weights
+out_dir = 'out_jax' # read if init_from is 'resume'
+checkpoint = 'auto' # 'latest', 'best', an iteration, or 'auto': the best if the run saved
+                    # improvements only, else the latest
 start = '\n' # the prompt; 'FILE:prompt.txt' reads it from a file
 num_samples = 10
-interactive = False # after the samples of start, continue each line of standard input once; num_samples is 0 then, unless given
+interactive = False # continue each line of standard input; num_samples is then 0, unless given
 stream = False # print tokens as they come, one sample after the other
 max_new_tokens = 500 # tokens in each sample, after the prompt
 stop = '' # a sample ends before this text, for instance '<|endoftext|>'
-temperature = 0.8 # 1.0 samples from the model's own distribution, less is less random, 0.0 takes the most likely token
-top_k = 200 # only so many of the most likely tokens can be drawn
-top_p = 1.0 # and of these only the most likely that together have this probability
+temperature = 0.8 # 1.0: the model's distribution; lower: less random; 0.0: the most likely token
+top_k = 200 # sample from the top_k most likely tokens only
+top_p = 1.0 # and of these from the most likely ones that together have this probability
 seed = 1337
 device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, 'tpu'
-dtype = 'bfloat16' # compute type: 'float32', 'bfloat16' or 'float16'; a CPU computes in float32
-compilation_cache = True # keep compiled programs in the user's cache folder, for a quick start the next time
-compile = False # no meaning here: XLA always compiles
+dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16' or 'float16'; a CPU computes in float32
+compilation_cache = True # cache compiled programs in the user's cache folder: faster next start
+compile = False # no effect: XLA always compiles
 from configurator import configure
 config, given = configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------
 
-sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 samples_out.reconfigure(errors='replace') # a terminal that lacks a character gets ? for it
 if interactive and 'num_samples' not in given:
     num_samples = 0
 if num_samples < 0 or num_samples == 0 and not interactive:
-    raise UserError(f'num_samples is {num_samples}; it must be at least 1, or 0 with --interactive=True')
+    raise UserError(f'num_samples is {num_samples}; it must be at least 1, '
+                    'or 0 with --interactive=True')
 if 'compile' in given:
     print('--compile has no counterpart here and is ignored: XLA always compiles')
 devices = select_devices(device)
@@ -59,20 +65,23 @@ compute_type = compute_dtype(dtype, devices)
 chars = None
 if init_from == 'resume':
     checkpoints = Checkpoints(out_dir, read_only=True)
-    step = checkpoints.find(which)
+    step = checkpoints.find(checkpoint)
     saved = checkpoints.meta(step)
     chars = saved['chars']
     gptconf = GPTConfig(**saved['model_args'], dtype=compute_type)
-    params = checkpoints.params(step, gptconf, jax.sharding.SingleDeviceSharding(devices[0]))
+    abstract = abstract_train_state(gptconf, optax.identity(), make_mesh(devices[:1]))
+    params = checkpoints.params(step, abstract['params'])
     model = nnx.merge(split_model(gptconf)[2], params)
-    newer = which == 'auto' and checkpoints.steps()[-1] > step
-    print(f'sampling from iteration {step} of {out_dir}' + (', the best; --which=latest takes a later one' if newer else ''))
+    newer = checkpoint == 'auto' and checkpoints.steps()[-1] > step
+    print(f'sampling from iteration {step} of {out_dir}'
+          + (', the best; --checkpoint=latest samples a later one' if newer else ''))
 else:
     model = GPT.from_pretrained(init_from, dict(dropout=0.0), dtype=compute_type)
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
-encode, decode = create_codec(chars)
-n_vocab = min(len(chars) if chars is not None else 50257, model.config.vocab_size) # ids past it are padding
+encode, decode = get_tokenizer(chars)
+n_chars = len(chars) if chars is not None else 50257
+n_vocab = min(n_chars, model.config.vocab_size) # ids past it are padding
 n_texts, n_tokens, seconds = 0, 0, 0.0
 
 def say(text):
@@ -91,16 +100,17 @@ def read_lines():
             yield line.strip('\r\n')
 
 def sample(prompt, key, first, n):
-    """Print n continuations of a prompt, the numbers from first on, drawn in one batch; where tokens stream, n is 1."""
+    """Print n continuations of a prompt, numbered from first on; with --stream n is 1."""
     global n_texts, n_tokens, seconds
     t0 = time.time()
     idx = np.tile(np.array(encode(prompt), np.int32), (n, 1)) # (n, T)
     texts = [Continuation(decode, stop) for _ in range(n)]
     if stream:
         say(prompt)
-    chunk = 1 if stream else 16 if stop else None # tokens until the next look whether all have ended
-    for tokens in stream_tokens(model, idx, max_new_tokens, temperature, top_k, top_p, key, n_vocab, chunk, first):
-        new = [text.add(row) for text, row in zip(texts, tokens.tolist())]
+    chunk = 1 if stream else 16 if stop else None # tokens between checks whether all have ended
+    for tokens in stream_tokens(model, idx, max_new_tokens, temperature, top_k, top_p, key, n_vocab,
+                                chunk, first):
+        new = [text.add(ids) for text, ids in zip(texts, tokens.tolist())]
         if stream:
             say(new[0])
         if all(text.ended for text in texts):
@@ -108,7 +118,8 @@ def sample(prompt, key, first, n):
     for text in texts:
         rest = text.close()
         say((rest if stream else prompt + text.text) + '\n---------------\n')
-    n_texts, n_tokens, seconds = n_texts + n, n_tokens + sum(text.n_tokens for text in texts), seconds + time.time() - t0
+    n_texts, seconds = n_texts + n, seconds + time.time() - t0
+    n_tokens += sum(text.n_tokens for text in texts)
 
 key = jax.random.key(seed)
 if num_samples:
@@ -119,9 +130,10 @@ refused = False
 for number, prompt in enumerate(read_lines(), start=1) if interactive else ():
     try:
         sample(prompt, jax.random.fold_in(key, number), 0, 1)
-    except UserError as e: # the next one may do
+    except UserError as e: # the next prompt may be fine
         print(f'error: {e}')
         refused = True
 if n_tokens:
-    print(f'{n_texts} samples, {n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s, compilation included')
+    print(f'{n_texts} samples, {n_tokens:,} tokens in {seconds:.2f} s: '
+          f'{n_tokens / seconds:.1f} tokens/s, compilation included')
 sys.exit(refused)

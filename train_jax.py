@@ -4,12 +4,11 @@ Train a GPT on every device that JAX sees, from one CPU to several GPUs or a TPU
 To run with the defaults (GPT-2 124M on OpenWebText), or small on a CPU:
 $ python train_jax.py
 $ python train_jax.py config/train_pydoc_char.py
-To change any setting below, and to go on where a run has stopped:
+To change any setting below, and to resume a run:
 $ python train_jax.py config/train_shakespeare_char.py --batch_size=32 --device=cpu
 $ python train_jax.py --init_from=resume --out_dir=out-shakespeare-char
 """
 
-import math
 import os
 import sys
 import time
@@ -19,22 +18,18 @@ import jax
 import numpy as np
 import optax
 
-from jax_checkpoint import Checkpoints, steps_on_disk
-from jax_devices import (
-    attention_path, compute_dtype, enable_compilation_cache, launched_as, mute_all_but_first, on_host, peak_flops,
-    print_or_go_on as print, report_user_error, select_devices, start_processes,
-)
-from jax_metrics import Metrics, progress, time_left
-from jax_train_utils import (
-    StopRequest, check_settings, check_tokens, count_tokens, create_learning_rate_schedule, create_optimizer, crop_state,
-    decay_groups, estimate_loss, find_non_finite, get_train_batch, init_train_state, load_meta, make_eval_step, make_mesh,
-    make_train_step, merge_resumed_config, micro_batch_rows, place_train_state, share_rows, split_model, state_bytes,
-    take_devices,
-)
-from jax_transformer import GPT, GPT_ARGS, GPTConfig, UserError, optional_import
+import jax_train_utils as utils
+from jax_transformer import GPT_ARGS, GPTConfig
+from nanogpt_jax import devices as machine
+from nanogpt_jax.checkpoint import steps_on_disk
+from nanogpt_jax.errors import UserError, optional_import, report_user_error
+from nanogpt_jax.metrics import MetricsFile, StepLog, check_finite, progress
+from nanogpt_jax.sharding import choose_micro_batch_size, mesh_for_batch, state_bytes
+from nanogpt_jax.tokenizer import load_meta
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
-mute_all_but_first(launched_as()[0])
+machine.silence_other_processes(machine.process_rank()[0])
+machine.keep_stdout_open()
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 (124M) on OpenWebText
 # files and logging
@@ -42,17 +37,18 @@ out_dir = 'out_jax'
 eval_interval = 2000
 log_interval = 1
 eval_iters = 200
-eval_only = False # evaluate once, write nothing, and stop
-always_save_checkpoint = True # save after every evaluation; False: only when the validation loss has improved
-init_from = 'scratch' # 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with GPT-2 weights
+eval_only = False # evaluate once, write nothing, and exit
+always_save_checkpoint = True # save after every evaluation; False: only if the val loss improved
+init_from = 'scratch' # 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a
+                      # folder with GPT-2 weights
 # wandb logging
 wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'
-gradient_accumulation_steps = 5 * 8 # a step has gradient_accumulation_steps * batch_size rows
-batch_size = 12 # rows that a device takes at a time
+gradient_accumulation_steps = 5 * 8 # times batch_size is the global batch size, in sequences
+batch_size = 12 # the most sequences that a device processes at a time
 block_size = 1024
 # model
 n_layer = 12
@@ -66,7 +62,7 @@ max_iters = 600000
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
-grad_clip = 1.0 # largest global gradient norm, 0.0 for no clipping
+grad_clip = 1.0 # maximum global norm of the gradient, 0.0 for no clipping
 # learning rate decay
 decay_lr = True
 warmup_iters = 2000
@@ -75,242 +71,229 @@ min_lr = 6e-5 # about learning_rate/10, per Chinchilla
 # system
 seed = 1337
 device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, 'tpu'
-dtype = 'bfloat16' # compute type: 'float32', 'bfloat16', or 'float16' with dynamic loss scaling; a CPU computes in float32
-attention = 'auto' # 'cudnn', the fused kernel of NVIDIA GPUs, 'xla', or the faster one that the device has
-remat = False # compute each block again in the backward pass: less memory, a third more work
-compilation_cache = True # keep compiled programs in the user's cache folder, for a quick start the next time
-compile = True # no meaning here: XLA always compiles
-fsdp = 1 # so many devices share one copy of weights, gradients and optimizer state; the batch is shared by all in any case
-peer_timeout = 100 # of several processes: seconds of silence after which one counts as dead, which ends the others
-backend = 'nccl' # no meaning here: XLA chooses its own
+dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16', or 'float16' with dynamic loss scaling;
+                   # a CPU computes in float32
+attention = 'auto' # 'cudnn' (fused, NVIDIA GPUs), 'xla' (any device), or the faster that works here
+remat = False # recompute each block in the backward pass: less memory, a third more FLOPs
+compilation_cache = True # cache compiled programs in the user's cache folder: faster next start
+compile = True # no effect: XLA always compiles
+fsdp = 1 # weights, gradients and optimizer state are sharded across groups of this many devices
+heartbeat_timeout = 100 # seconds of silence after which one of several processes counts as dead
+backend = 'nccl' # no effect: XLA has its own communication
 from configurator import configure
 config, given = configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------
 
-sys.stdout.reconfigure(line_buffering=True) # log lines reach a pipe or file when they are printed
-
-# processes and devices first: --device must be known before JAX is used
-start_processes(device, peer_timeout)
-devices = select_devices(device)
-if compilation_cache:
-    enable_compilation_cache()
-print(f'platform: {devices[0].platform}, devices: {len(devices)} ({devices[0].device_kind}), processes: {jax.process_count()}')
-for key in sorted(given & {'compile', 'backend'}):
-    print(f'--{key} has no counterpart here and is ignored: XLA always compiles, and brings its own communication')
-
-# a resumed run takes from its checkpoint what was not given this time
-iter_num = 0
-best_val_loss = 1e9
-chars = None # the characters of the vocabulary, where the data set has its own
-if init_from == 'resume':
-    saved_checkpoints = Checkpoints(out_dir, read_only=True)
-    iter_num = saved_checkpoints.newest_whole()
-    print(f'Resuming training from {out_dir}, from iteration {iter_num}')
-    saved = saved_checkpoints.meta(iter_num)
-    best_val_loss, chars = saved['best_val_loss'], saved['chars']
-    config, differs = merge_resumed_config(config, given, saved['config'])
+def resume():
+    """Set the globals that were not given from the checkpoint; (checkpoints, step, its meta)."""
+    global config
+    checkpoints = utils.Checkpoints(out_dir, read_only=True)
+    step = checkpoints.latest_valid_step()
+    print(f'Resuming training from {out_dir}, from iteration {step}')
+    saved = checkpoints.meta(step)
+    config, differs = utils.merge_resumed_config(config, given, saved['config'])
     globals().update(config)
     if differs:
         print(f'differs from the checkpoint: {differs}')
-    if iter_num > max_iters and not eval_only:
-        print(f'nothing left to train: {out_dir} is at iteration {iter_num}, past max_iters={max_iters}')
-        sys.exit(0)
-check_settings(config)
-if init_from != 'resume' and not eval_only and steps_on_disk(out_dir):
-    raise UserError(f'{out_dir} holds checkpoints of another run (iteration {steps_on_disk(out_dir)[-1]}): go on with it '
-                    'by --init_from=resume, or choose another --out_dir')
+    return checkpoints, step, saved
 
-# the rows of a step, shared by the devices
-n_rows = gradient_accumulation_steps * batch_size
-micro_rows = micro_batch_rows(batch_size, block_size, n_embd, devices[0].platform)
-n_devices, n_micro = share_rows(n_rows, micro_rows, len(devices), fsdp, jax.process_count())
-if n_devices < len(devices):
-    print(f'using {n_devices} of {len(devices)} devices: {n_rows} rows a step cannot be shared equally by more')
-mesh = make_mesh(take_devices(devices, n_devices), fsdp)
-tokens_per_iter = n_rows * block_size
+def create_state():
+    """(training state on the mesh's devices, model_args), as init_from says."""
+    model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
+                      bias=bias, vocab_size=meta_vocab_size or 50304, dropout=dropout)
+    if init_from == 'scratch':
+        print('Initializing a new model from scratch')
+        if meta_vocab_size is None:
+            print('defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)')
+        return utils.init_train_state(GPTConfig(**model_args), tx, seed, mesh), model_args
+    if init_from == 'resume':
+        model_args = saved['model_args'] | dict(dropout=dropout)
+        abstract = utils.abstract_train_state(GPTConfig(**model_args), tx, mesh)
+        state = saved_checkpoints.state(iter_num, abstract)
+        if block_size < model_args['block_size']:
+            state = utils.crop_state(state, block_size, mesh)
+            model_args['block_size'] = block_size
+        return state, model_args
+    if init_from.startswith('gpt2') or os.path.isdir(init_from):
+        print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
+        state, gptconf = utils.load_pretrained(init_from, tx, mesh, block_size, dropout)
+        return state, {name: getattr(gptconf, name) for name in GPT_ARGS}
+    raise UserError(f"init_from is {init_from!r}; it must be 'scratch', 'resume', 'gpt2', "
+                    "'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json and "
+                    'model.safetensors')
+
+# processes and devices first: JAX must know --device before anything uses it
+machine.start_processes(device, heartbeat_timeout)
+devices = machine.select_devices(device)
+if compilation_cache:
+    machine.enable_compilation_cache()
+print(f'platform: {devices[0].platform}, devices: {len(devices)} ({devices[0].device_kind}), '
+      f'processes: {jax.process_count()}')
+for key in sorted(given & {'compile', 'backend'}):
+    print(f'--{key} has no counterpart here and is ignored: XLA always compiles, '
+          'and has its own communication')
+
+iter_num, best_val_loss, saved = 0, 1e9, None
+if init_from == 'resume':
+    saved_checkpoints, iter_num, saved = resume()
+    best_val_loss = saved['best_val_loss']
+    if iter_num > max_iters and not eval_only:
+        print(f'nothing left to train: {out_dir} is at iteration {iter_num}, past {max_iters=}')
+        sys.exit()
+elif not eval_only and (steps := steps_on_disk(out_dir)):
+    raise UserError(f'{out_dir} holds checkpoints of another run (iteration {steps[-1]}): resume '
+                    'it with --init_from=resume, or choose another --out_dir')
+utils.check_settings(config)
+
+# how a global batch is split over the devices
+global_batch_size = gradient_accumulation_steps * batch_size
+micro_batch_size = choose_micro_batch_size(batch_size, block_size, n_embd, devices[0].platform)
+mesh, grad_accum_steps = mesh_for_batch(devices, global_batch_size, micro_batch_size, fsdp)
+if mesh.size < len(devices):
+    print(f'using {mesh.size} of {len(devices)} devices: a global batch of {global_batch_size} '
+          'sequences does not divide evenly across more')
+tokens_per_iter = global_batch_size * block_size
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
-compute_type = compute_dtype(dtype, devices)
+compute_type = machine.compute_dtype(dtype, devices)
 if compute_type != dtype:
-    print(f'computing in {compute_type}, as nanoGPT does on the {devices[0].platform}, not in {dtype}')
+    print(f'computing in {compute_type}, as nanoGPT does on the {devices[0].platform}, '
+          f'not in {dtype}')
 
 # data
 data_dir = os.path.join('data', dataset)
 for split in ('train', 'val'):
-    count_tokens(data_dir, split, block_size) # complains now rather than at the first evaluation
-meta_vocab_size, meta_chars = load_meta(data_dir)
+    utils.count_tokens(data_dir, split, block_size) # complains now, not at the first evaluation
+meta_vocab_size, chars = load_meta(data_dir) # None, None: GPT-2's BPE
 if meta_vocab_size is not None:
     print(f"found vocab_size = {meta_vocab_size} (inside {os.path.join(data_dir, 'meta.pkl')})")
-    if chars and chars != meta_chars:
-        raise UserError(f'{out_dir} was trained on other characters than those of {data_dir}: resume it with --dataset set to '
-                        'its own data, or prepare that again as it was')
-    chars = meta_chars
+    if saved and saved['chars'] and saved['chars'] != chars:
+        raise UserError(f'{out_dir} was trained on other characters than those of {data_dir}: '
+                        'resume with --dataset set to its own data, or prepare that data as it was')
+elif saved:
+    chars = saved['chars']
+get_batch = partial(utils.get_train_batch, mesh, data_dir, global_batch_size, grad_accum_steps,
+                    block_size, seed) # iter_num -> x, y
 
-# model and optimizer, as one training state on the devices
-schedule = create_learning_rate_schedule(learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_lr)
-tx = create_optimizer(schedule, weight_decay, (beta1, beta2), grad_clip)
-model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias,
-                  vocab_size=50304, dropout=dropout)
-if init_from == 'scratch':
-    print('Initializing a new model from scratch')
-    if meta_vocab_size is None:
-        print('defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)')
-    else:
-        model_args['vocab_size'] = meta_vocab_size
-    state = init_train_state(GPTConfig(**model_args), tx, seed, mesh)
-elif init_from == 'resume':
-    model_args = saved['model_args'] | dict(dropout=dropout)
-    state = saved_checkpoints.state(iter_num, GPTConfig(**model_args), tx, mesh)
-    if block_size < model_args['block_size']:
-        state = crop_state(state, block_size, mesh)
-        model_args['block_size'] = block_size
-elif init_from.startswith('gpt2') or os.path.isdir(init_from):
-    print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
-    with on_host(): # whole; the devices get their parts of it
-        model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-        model.crop_block_size(block_size)
-    model_args = {name: getattr(model.config, name) for name in GPT_ARGS}
-    state = place_train_state(model, tx, mesh)
-else:
-    raise UserError(f"init_from is {init_from!r}; it must be 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                    "'gpt2-xl', or a folder with config.json and model.safetensors")
-config |= {name: value for name, value in model_args.items() if name in config} # as pretrained weights have it
-check_tokens(data_dir, model_args['vocab_size'])
-attention = attention_path(attention, compute_type, model_args['n_embd'] // model_args['n_head'], devices[0])
+# model and optimizer
+schedule = utils.create_learning_rate_schedule(
+    learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_lr)
+tx = utils.create_optimizer(schedule, weight_decay, (beta1, beta2), grad_clip)
+state, model_args = create_state()
+config |= {k: v for k, v in model_args.items() if k in config} # as pretrained weights have it
+utils.check_tokens(data_dir, model_args['vocab_size'])
+attention = machine.attention_path(
+    attention, compute_type, model_args['n_embd'] // model_args['n_head'], devices[0])
 if attention == 'cudnn' and dropout > 0:
-    print('attention: cudnn in evaluation, xla in training, since JAX offers the fused kernel without dropout only')
-model, train_graphdef, eval_graphdef = split_model(GPTConfig(**model_args, dtype=compute_type, attention=attention, remat=remat))
+    print('attention: cudnn in evaluation, xla in training, since JAX offers the fused kernel '
+          'without dropout only')
+gptconf = GPTConfig(**model_args, dtype=compute_type, attention=attention, remat=remat)
+model, train_graphdef, eval_graphdef = utils.split_model(gptconf)
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
-for name, tensors in zip(('decayed', 'non-decayed'), decay_groups(state['params'])):
-    print(f'num {name} parameter tensors: {len(tensors)}, with {sum(p.size for p in tensors):,} parameters')
+for name, tensors in zip(('decayed', 'non-decayed'), utils.decay_groups(state['params'])):
+    print(f'num {name} parameter tensors: {len(tensors)}, '
+          f'with {sum(p.size for p in tensors):,} parameters')
+on_device, full = (n_bytes / 1e6 for n_bytes in state_bytes(state))
+print(f"mesh: data {mesh.shape['data']} x fsdp {fsdp}, {on_device:,.1f} MB of the {full:,.1f} MB "
+      'of training state on each device')
+peak, peak_of = machine.peak_flops(devices[0])
+print(f'mfu is counted against {mesh.size} x {peak / 1e12:g} TFLOP/s, '
+      f'the bfloat16 peak of {peak_of}')
 
-held, in_all = (n_bytes / 1e6 for n_bytes in state_bytes(state))
-print(f"mesh: data {mesh.shape['data']} x fsdp {fsdp}, {held:,.1f} MB of the {in_all:,.1f} MB of training state on each device")
+# the jitted steps
+train_step = utils.make_train_step(
+    train_graphdef, tx, seed, mesh, scale_loss=compute_type == 'float16')
+eval_step = utils.make_eval_step(eval_graphdef, mesh)
 
-train_step = make_train_step(train_graphdef, tx, seed, mesh, scale_loss=compute_type == 'float16')
-eval_step = make_eval_step(eval_graphdef, mesh)
-peak, peak_of = peak_flops(devices[0])
-print(f'mfu is counted against {n_devices} x {peak / 1e12:g} TFLOP/s, the bfloat16 peak of {peak_of}')
+def evaluate(mfu=-1.0, **last_step):
+    """Compute, log and return the losses of both splits."""
+    losses = utils.estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters,
+                                 batch_size, block_size, micro_batch_size, progress)
+    print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    if wandb_log:
+        wandb.log({
+            'iter': iter_num,
+            'train/loss': losses['train'],
+            'val/loss': losses['val'],
+            'lr': float(schedule(iter_num)),
+            'mfu': mfu * 100, # in percent
+            **last_step,
+        })
+    return losses
+
+# logging
 if eval_only and 'wandb_log' not in given:
     wandb_log = False # evaluating a checkpoint is not a run of its own
-wandb_log = wandb_log and jax.process_index() == 0 # of several processes the first alone logs
-# a resumed run goes on under its own id, which its checkpoints hold, those of a time without wandb_log too
-run_id = saved['config'].get('wandb_run_id') if init_from == 'resume' and not eval_only else None
+wandb_log = wandb_log and jax.process_index() == 0 # only process 0 logs
+# a resumed run keeps its wandb id, which is in its checkpoints even if wandb_log was off meanwhile
+run_id = saved['config'].get('wandb_run_id') if saved and not eval_only else None
 if wandb_log:
     wandb = optional_import('wandb')
-    run_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow').id
+    run_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id,
+                        resume='allow').id
 if run_id:
     config['wandb_run_id'] = run_id
 
-# where checkpoints go; opened this late so that a mistake above leaves no folder behind
-if not eval_only:
-    checkpoints = Checkpoints(out_dir)
-    if init_from == 'resume':
-        checkpoints.set_aside_after(iter_num) # damaged ones, which would be in the way
-    metrics_file = Metrics(out_dir, iter_num) if jax.process_index() == 0 else None
+if eval_only:
+    evaluate()
+    sys.exit()
+
+# checkpoints and metrics; opened this late so that a mistake above leaves no folder behind
+checkpoints = utils.Checkpoints(out_dir)
+if init_from == 'resume':
+    checkpoints.quarantine_after(iter_num) # damaged ones, which would block later saves
+metrics_file = MetricsFile(out_dir, iter_num) if jax.process_index() == 0 else None
+
+# compile
+stop = machine.StopRequest() # SIGTERM and SIGINT end the loop before its next iteration
+batch = get_batch(iter_num)
+t0 = time.time()
+train_step = train_step.lower(state, *batch, np.int32(iter_num)).compile()
+print(f'compiled in {time.time() - t0:.1f} s')
 
 # training loop
-get_step_batch = partial(get_train_batch, mesh, data_dir, n_rows, n_micro, block_size, seed)
-stop = StopRequest() # SIGTERM and SIGINT end the loop at its next turn
-if not eval_only:
-    batch = get_step_batch(iter_num) # the very first
-    t0 = time.time()
-    train_step = train_step.lower(state, *batch, np.int32(iter_num)).compile()
-    print(f'compiled in {time.time() - t0:.1f} s')
-start_iter, start_time = iter_num, time.time()
-running_mfu = -1.0
-last_step = {} # of the last logged iteration, the gradient's norm and, in float16, the loss scale
-pending = None # (iteration, metrics) of a step whose line is still to be printed
-last_logged = iter_num - 1
-train_time = 0.0 # seconds since the last logged iteration and before t0, evaluations excluded
-problem = None
+start_iter = iter_num
+log = StepLog(start_iter, max_iters, tokens_per_iter,
+              lambda dt: model.estimate_mfu(global_batch_size, dt, mesh.size * peak),
+              schedule, metrics_file, checkpoints.describe_valid)
+with checkpoints: # closes them at the end
+    while iter_num <= max_iters and not stop.reached(iter_num):
 
-def log_step():
-    """Print the pending step's line; reading its loss waits for it, so the next step should be queued by then."""
-    global pending, last_logged, last_step, train_time, t0, running_mfu, problem
-    if not pending:
-        return
-    it, metrics = pending
-    loss = float(metrics['loss'])
-    dt = (train_time + time.time() - t0) / (it - last_logged)
-    pending, last_logged, train_time, t0 = None, it, 0.0, time.time()
-    if it - start_iter >= 5: # let the training loop settle a bit
-        mfu = model.estimate_mfu(n_rows, dt, n_devices * peak)
-        running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
-    print(f'iter {it}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%')
-    last_step = {name: float(value) for name, value in metrics.items() if name != 'loss'}
-    if metrics_file:
-        metrics_file.write(iter=it, tokens=(it + 1) * tokens_per_iter, loss=loss, lr=float(schedule(it)), **last_step,
-                           ms_per_iter=dt * 1000, tokens_per_s=tokens_per_iter / dt,
-                           mfu=running_mfu if running_mfu >= 0 else math.nan)
-    problem = find_non_finite(it, metrics)
-    checkpoints.check() # for an error in the background
+        # evaluate the loss on train/val sets and write checkpoints
+        if iter_num % eval_interval == 0:
+            log.flush()
+            jax.block_until_ready(state)
+            log.pause()
+            losses = evaluate(log.running_mfu, **log.last_step)
+            log.evaluated(iter_num, losses)
+            improved = losses['val'] < best_val_loss
+            if improved or always_save_checkpoint:
+                best_val_loss = min(losses['val'], best_val_loss)
+                if init_from == 'resume' and iter_num == start_iter: # saved already
+                    checkpoints.record_val_loss(iter_num, losses['val'])
+                elif iter_num > 0:
+                    print(f'saving checkpoint to {out_dir}')
+                    checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars,
+                                     losses['val'])
+            log.resume()
 
-t0 = time.time()
-while (iter_num <= max_iters or eval_only) and not stop.reached(iter_num) and not problem:
+        # one optimizer step; while the devices compute it, prepare the next batch on the host and
+        # log the step before
+        state, metrics = train_step(state, *batch, np.int32(iter_num))
+        batch = get_batch(iter_num + 1)
+        log.flush()
+        checkpoints.check() # for an error in the background
+        if iter_num % log_interval == 0:
+            log.queue(iter_num, metrics)
+        iter_num += 1
 
-    # evaluate the loss on the train and val sets, and write checkpoints
-    if iter_num % eval_interval == 0 or eval_only:
-        log_step()
-        if problem:
-            break
-        jax.block_until_ready(state)
-        train_time += time.time() - t0
-        losses = estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters, batch_size, block_size, micro_rows,
-                               progress)
-        print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        if wandb_log:
-            wandb.log({
-                'iter': iter_num,
-                'train/loss': losses['train'],
-                'val/loss': losses['val'],
-                'lr': float(schedule(iter_num)),
-                'mfu': running_mfu * 100, # in percent
-                **last_step,
-            })
-        if eval_only:
-            break
-        if metrics_file:
-            metrics_file.write(iter=iter_num, tokens=iter_num * tokens_per_iter, train_loss=losses['train'],
-                               val_loss=losses['val'], lr=float(schedule(iter_num)))
-        if iter_num > start_iter: # as fast as so far, evaluations included
-            left = time_left((time.time() - start_time) / (iter_num - start_iter) * (max_iters + 1 - iter_num))
-            if left:
-                print(left)
-        problem = find_non_finite(iter_num, {'validation loss': losses['val']})
-        if problem:
-            break
-        improved = losses['val'] < best_val_loss
-        if improved or always_save_checkpoint:
-            best_val_loss = min(losses['val'], best_val_loss)
-            if init_from == 'resume' and iter_num == start_iter: # the checkpoint is there, maybe without this loss
-                checkpoints.evaluated(iter_num, losses['val'])
-            elif iter_num > 0:
-                print(f'saving checkpoint to {out_dir}')
-                checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars, losses['val'])
-        t0 = time.time()
-
-    # one optimizer step; while the devices compute it, the host prepares the next batch and logs the step before
-    state, metrics = train_step(state, *batch, np.int32(iter_num))
-    batch = get_step_batch(iter_num + 1)
-    log_step()
-    if iter_num % log_interval == 0:
-        pending = iter_num, metrics
-    iter_num += 1
-if not problem:
-    log_step()
-
-# the last iteration is kept too, and saving in the background is waited for
-if not eval_only:
-    if iter_num > start_iter and not problem:
-        problem = find_non_finite(iter_num, {'norm of the weights': jax.jit(optax.tree.norm)(state['params'])})
-    if iter_num > start_iter and not problem:
+    # save the last iteration too
+    log.flush()
+    if iter_num > start_iter:
+        norm = jax.jit(optax.tree.norm)(state['params'])
+        check_finite(iter_num, {'norm of the weights': norm}, checkpoints.describe_valid)
         checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars)
-    checkpoints.close()
-    if problem:
-        raise UserError(f'{problem}; {checkpoints.what_is_whole()}. Try a smaller --learning_rate, a larger --warmup_iters, '
-                        'a --grad_clip of 1.0, or --dtype=float32')
-    if stop.signum and checkpoints.steps():
-        print(f'stopped by {stop.signum.name} before iteration {iter_num}; '
-              f'go on with: python train_jax.py --init_from=resume --out_dir={out_dir}')
-    print(f'training waited {checkpoints.blocked:.2f} s for {checkpoints.saves} checkpoints')
+if stop.signum and checkpoints.steps():
+    print(f'stopped by {stop.signum.name} before iteration {iter_num}; '
+          f'resume with: python train_jax.py --init_from=resume --out_dir={out_dir}')
+print(f'training waited {checkpoints.blocked:.2f} s for {checkpoints.saves} checkpoints')
 sys.exit(stop.exit_code)

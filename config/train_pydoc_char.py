@@ -1,4 +1,4 @@
-# a first run: a tiny character-level model of python's own reference, sized for a CPU; needs no network
+# a first run: a tiny character-level model of Python's own reference, for a CPU and no network
 
 out_dir = 'out-pydoc-char'
 dataset = 'pydoc_char'

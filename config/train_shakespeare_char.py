@@ -11,7 +11,7 @@ wandb_run_name = 'mini-gpt'
 eval_interval = 250
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False # it overfits in the end: keep only what improves on the validation split
+always_save_checkpoint = False # it overfits in the end: keep only what improves the val loss
 
 gradient_accumulation_steps = 1
 batch_size = 64

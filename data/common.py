@@ -1,4 +1,4 @@
-"""What the prepare scripts share: downloads, the .bin format, characters, the GPT-2 tokenizer, many documents."""
+"""What the prepare scripts share: downloads, .bin files, characters, and large corpora."""
 import hashlib
 import json
 import os
@@ -13,14 +13,20 @@ from urllib.request import urlopen
 
 import numpy as np
 
-tinyshakespeare_url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-save_seconds = 5.0  # of tokens that a kill may cost write_documents
-rows = 16  # documents that a thread takes at a time: few, since all of them are in memory, with the tokens they make
+# the repository's root
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from nanogpt_jax.errors import UserError
+from nanogpt_jax.tokenizer import gpt2_encoding  # noqa: F401 - for the prepare scripts
+
+tinyshakespeare_url = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
+                       'tinyshakespeare/input.txt')
+save_seconds = 5.0  # between saves of write_documents: work that a kill may cost
+rows = 16  # documents per task of a thread: few, since their texts and tokens are in memory
 
 
 @contextmanager
 def replacing(path):
-    """Yields a temporary name beside path; the file takes path's place only if the block succeeds."""
+    """Yield a temporary path; rename it to path only if the block succeeds."""
     tmp = f'{path}.{os.getpid()}.tmp'
     try:
         yield tmp
@@ -31,25 +37,27 @@ def replacing(path):
 
 
 def fetch(url, path):
-    """Downloads url to path, unless path is there already."""
+    """Download url to path, unless path exists. Raises UserError."""
     if os.path.exists(path):
         return
     try:
         with urlopen(url, timeout=60) as response:
-            content = response.read()  # in one go: only then does http.client notice a cut connection
+            # all at once: read(n) does not raise when the connection is cut
+            content = response.read()
     except (OSError, HTTPException) as e:
-        raise SystemExit(f'cannot download {url} ({e}): download it by hand and put it at {path}') from None
+        raise UserError(f'cannot download {url} ({e}): download it by hand to {path}') from e
     with replacing(path) as tmp, open(tmp, 'wb') as f:
         f.write(content)
 
 
 def read_text(path):
-    """The text of a UTF-8 file."""
+    """The text of a UTF-8 file. Raises UserError if it is not UTF-8."""
     try:
         with open(path, encoding='utf-8') as f:
             return f.read()
     except UnicodeDecodeError as e:
-        raise SystemExit(f'{path} is not UTF-8 text ({e}): convert it, or delete it to start over') from None
+        raise UserError(f'{path} is not UTF-8 text ({e}): '
+                        'convert it, or delete it to start over') from e
 
 
 def split_text(text):
@@ -59,60 +67,50 @@ def split_text(text):
 
 
 def write_bin(path, ids):
-    """Writes token ids as raw uint16, nothing before or after them."""
+    """Write token ids as raw uint16, without a header. Raises UserError if one does not fit."""
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.uint16).max):
-        raise SystemExit(f'{path}: token ids run from {ids.min()} to {ids.max()}, but must lie in '
-                         f'0..{np.iinfo(np.uint16).max} (uint16): use a smaller vocabulary')
+        raise UserError(f'{path}: token ids run from {ids.min()} to {ids.max()}, but must be in '
+                        f'0..{np.iinfo(np.uint16).max} (uint16): use a smaller vocabulary')
     with replacing(path) as tmp:
         ids.astype(np.uint16).tofile(tmp)
 
 
 def write_splits(folder, train_ids, val_ids):
-    """Writes train.bin and val.bin, and says how long they are."""
+    """Write train.bin and val.bin, and print their lengths."""
     for split, ids in (('train', train_ids), ('val', val_ids)):
         write_bin(os.path.join(folder, f'{split}.bin'), ids)
         print(f'{split} has {len(ids):,} tokens')
 
 
 def prepare_chars(text, folder):
-    """Writes train.bin, val.bin and meta.pkl with one token per character, ids in code point order."""
+    """Write train.bin, val.bin and meta.pkl: one token per character, ids in code point order."""
     codes = np.frombuffer(text.encode('utf-32-le'), dtype='<u4')  # one number per character
     vocab, ids = np.unique(codes, return_inverse=True)
     chars = [chr(c) for c in vocab]
     print(f'length of dataset in characters: {len(text):,}')
-    encoding = sys.stdout.encoding or 'utf-8'  # a terminal that lacks a character gets ? for it, not an error
+    encoding = sys.stdout.encoding or 'utf-8'  # prints ? for a character that the terminal lacks
     print('all the unique characters:', ''.join(chars).encode(encoding, 'replace').decode(encoding))
     print(f'vocab size: {len(chars):,}')
     write_splits(folder, *split_text(ids))
 
-    # plain dicts, strings and ints, so that a reader can refuse every other kind of pickle
-    meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+    # dicts, strings and ints only, since load_meta refuses all other pickles
+    meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
+            'stoi': {c: i for i, c in enumerate(chars)}}
     with replacing(os.path.join(folder, 'meta.pkl')) as tmp, open(tmp, 'wb') as f:
         pickle.dump(meta, f)
 
 
-def gpt2_encoding():
-    """tiktoken's GPT-2 encoding, from its cache or the network."""
-    try:
-        import tiktoken  # here, since most data sets do without it
-        return tiktoken.get_encoding('gpt2')
-    except ImportError as e:
-        raise SystemExit(f'the GPT-2 tokenizer needs tiktoken ({e}): pip install tiktoken') from None
-    except (OSError, ValueError) as e:  # no network, or files that are not what tiktoken expects
-        raise SystemExit(f'the GPT-2 tokenizer is neither cached nor reachable ({e}): set TIKTOKEN_CACHE_DIR to a '
-                         'folder with its files, filled by one run with a network and that variable set') from None
-
-
 def write_documents(folder, splits, enc, source, num_proc):
-    """Writes train.bin and val.bin: the ids of each split's documents, in order, each ended by enc.eot_token.
+    """Write train.bin and val.bin: the ids of each split's documents, each ended by enc.eot_token.
 
-    splits: {'val': texts, 'train': texts}, sequences of str whose slices need not be in memory before they are asked for.
-    source: any str that another corpus, order or text would not have. A start that was killed, and had the same, is
-    gone on with; the bytes are those of one that was not.
+    splits: {'val': texts, 'train': texts}, sequences of str that are read in slices.
+    source: a str that identifies the corpus and its order. An interrupted call with the same source
+    is resumed, and gives the same bytes. Raises UserError.
     """
     if enc.max_token_value > np.iinfo(np.uint16).max:
-        raise SystemExit(f'the ids of {enc.name} run to {enc.max_token_value}, but must fit uint16: use a smaller vocabulary')
+        raise UserError(f'the ids of {enc.name} run to {enc.max_token_value}, but must fit uint16: '
+                        'use a smaller vocabulary')
     paths = {split: os.path.join(folder, f'{split}.bin') for split in splits}
     try:
         os.makedirs(folder, exist_ok=True)
@@ -120,29 +118,33 @@ def write_documents(folder, splits, enc, source, num_proc):
             key = hashlib.sha256(f'{split} {len(texts)} {enc.name} {source}'.encode()).hexdigest()
             t0 = time.monotonic()
             tokens = append_documents(paths[split], texts, enc, key, num_proc)
-            print(f'{split} has {tokens:,} tokens from {len(texts):,} documents, in {time.monotonic() - t0:.0f} s')
-        for path in paths.values():  # together, so that a folder has splits of one corpus
+            print(f'{split} has {tokens:,} tokens from {len(texts):,} documents, '
+                  f'in {time.monotonic() - t0:.0f} s')
+        for path in paths.values():  # at the end, so that both splits are of the same corpus
             os.replace(f'{path}.tmp', path)
             os.remove(f'{path}.progress.tmp')
-    except OSError as e:  # a full disk, an input that is gone
-        raise SystemExit(f'stopped ({e}): see to it and start again; it goes on where it stopped') from None
+    except OSError as e:  # a full disk, an input file that was deleted
+        raise UserError(f'stopped ({e}): fix that and start again; '
+                        'it continues where it stopped') from e
 
 
 def append_documents(path, texts, enc, source, num_proc):
-    """Appends to path.tmp what is not there yet, by num_proc threads; the number of tokens that are there then.
+    """Append the documents that path.tmp lacks; returns its number of tokens.
 
-    Threads, since tiktoken works without the interpreter's lock. They need no copies, and die with their process.
+    Tokenizes in num_proc threads, not processes, since tiktoken releases the GIL: nothing is copied
+    between them, and none is left behind when this process is killed.
     """
     from tqdm import tqdm  # here, since most data sets do without it
     with open(f'{path}.tmp', 'ab') as f, ThreadPoolExecutor(num_proc) as pool:
         lock(f)
         done = read_progress(path, source)
-        f.truncate(done['bytes'])  # what came after the last save
+        f.truncate(done['bytes'])  # drop what was written after the last save
         starts = range(done['documents'], len(texts), rows)
-        chunks = map_in_order(pool, lambda start: tokenize(texts[start:start + rows], enc), starts, ahead=2 * num_proc)
+        chunks = map_in_order(pool, lambda start: tokenize(texts[start:start + rows], enc), starts,
+                              ahead=2 * num_proc)
         saved = time.monotonic()
-        with tqdm(total=len(texts), initial=done['documents'], desc=os.path.basename(path), unit=' documents',
-                  disable=None) as bar:  # None: no bar unless it goes to a terminal
+        with tqdm(total=len(texts), initial=done['documents'], desc=os.path.basename(path),
+                  unit=' documents', disable=None) as bar:  # None: a bar on a terminal only
             for ids in chunks:
                 f.write(ids)
                 done['bytes'] += ids.nbytes
@@ -156,7 +158,8 @@ def append_documents(path, texts, enc, source, num_proc):
 
 
 def map_in_order(pool, function, items, ahead):
-    """function of each item, in order; at most so many wait to be taken, or one slow item would fill the memory."""
+    """Yield function(item) of each item, in order. At most `ahead` results wait behind a slow item,
+    which bounds the memory."""
     pending = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -167,26 +170,28 @@ def map_in_order(pool, function, items, ahead):
 
 
 def tokenize(texts, enc):
-    """The ids of all texts in one uint16 array, enc.eot_token after each."""
-    parts = []
-    for text in texts:  # nothing disallowed: no text counts as a special token, as in encode_ordinary, which makes slow lists
-        parts += [enc.encode_to_numpy(text, disallowed_special=()), np.array([enc.eot_token], dtype=np.uint32)]
+    """The ids of all texts in one uint16 array, with enc.eot_token after each text."""
+    eot, parts = np.array([enc.eot_token], dtype=np.uint32), []
+    for text in texts:
+        # as encode_ordinary, in which no text is a special token, but without slow Python lists
+        parts += [enc.encode_to_numpy(text, disallowed_special=()), eot]
     return np.concatenate(parts).astype(np.uint16)
 
 
 def lock(f):
-    """Refuses a file that another process has locked; holds the lock until the file is closed."""
+    """Lock a file until it is closed. Raises UserError if another process has locked it."""
     try:
         import fcntl
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SystemExit(f'another process is writing {f.name}: wait for it, or end it') from None
+        raise UserError(f'another process is writing {f.name}: wait for it, or stop it') from None
     except (ImportError, OSError):
-        pass  # Windows, or a file system without locks
+        pass  # no locks on Windows and some file systems
 
 
 def read_progress(path, source):
-    """How much of path.tmp is done: {'source', 'documents', 'bytes'}. None of it, if its source was another."""
+    """How much of path.tmp is done: {'source', 'documents', 'bytes'}; none of it if its source
+    differs."""
     new = {'source': source, 'documents': 0, 'bytes': 0}
     try:
         with open(f'{path}.progress.tmp') as f:
@@ -194,16 +199,16 @@ def read_progress(path, source):
     except (OSError, ValueError):
         return new
     if done['source'] != source:
-        print(f'{path}.tmp was made from other documents: starting anew')
+        print(f'{path}.tmp was made from other documents: starting over')
         return new
     if done['bytes'] > os.path.getsize(f'{path}.tmp'):
         return new
-    print(f'{path}.tmp has {done["documents"]:,} documents: going on after them')
+    print(f'{path}.tmp has {done["documents"]:,} documents: continuing after them')
     return done
 
 
 def save_progress(f, path, done):
     f.flush()
-    os.fsync(f.fileno())  # the tokens first: a power cut must not leave a count of what is lost
+    os.fsync(f.fileno())  # tokens before their count: a power cut must not lose counted tokens
     with replacing(f'{path}.progress.tmp') as tmp, open(tmp, 'w') as g:
         json.dump(done, g)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the time left and progress bars: of whole runs, and on a terminal that the tests make."""
+"""metrics.jsonl, the time left and progress bars: of real runs, and on a pseudo-terminal."""
 
 import io
 import json
@@ -9,93 +9,101 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CACHE, ITER, STEP, TINY, TRAIN, train
+from helpers import CACHE, ITER, STEP, TINY, TRAIN, train
 
-import jax_metrics
-from jax_metrics import Metrics, progress, read_metrics
+from nanogpt_jax import metrics
+from nanogpt_jax.metrics import MetricsFile, progress, read_metrics
 
 
 def split(lines):
-    """The lines of iterations, and those of evaluations."""
-    return [line for line in lines if 'loss' in line], [line for line in lines if 'val_loss' in line]
+    """(the lines of iterations, the lines of evaluations)."""
+    return ([line for line in lines if 'loss' in line],
+            [line for line in lines if 'val_loss' in line])
 
 
-def test_every_log_line_is_a_line_of_metrics(folder):
+def test_metrics_have_the_numbers_of_every_log_line(folder):
     out = train(folder, '--max_iters=9', '--log_interval=2')
     iters, steps = split(read_metrics(folder / 'out_jax'))
-    assert [(str(m['iter']), f'{m["loss"]:.4f}', f'{m["ms_per_iter"]:.2f}', f'{(-1 if m["mfu"] is None else m["mfu"]) * 100:.2f}')
+    assert [(str(m['iter']), f'{m["loss"]:.4f}', f'{m["ms_per_iter"]:.2f}',
+             f'{(-1 if m["mfu"] is None else m["mfu"]) * 100:.2f}')
             for m in iters] == ITER.findall(out)
-    assert [(str(m['iter']), f'{m["train_loss"]:.4f}', f'{m["val_loss"]:.4f}') for m in steps] == STEP.findall(out)
-    assert [m['tokens'] for m in iters] == [128 * (m['iter'] + 1) for m in iters]  # 2 x 4 rows of 16 tokens
-    assert [m['tokens'] for m in steps] == [128 * m['iter'] for m in steps]
+    assert [(str(m['iter']), f'{m["train_loss"]:.4f}', f'{m["val_loss"]:.4f}')
+            for m in steps] == STEP.findall(out)
+    tokens_per_iter = 2 * 4 * 16  # micro-steps, sequences, tokens
+    assert [m['tokens'] for m in iters] == [tokens_per_iter * (m['iter'] + 1) for m in iters]
+    assert [m['tokens'] for m in steps] == [tokens_per_iter * m['iter'] for m in steps]
     for m in iters:
-        assert abs(m['tokens_per_s'] * m['ms_per_iter'] / 1000 / 128 - 1) < 1e-9  # one is computed from the other's number
+        # one is computed from the other's number, unrounded
+        assert abs(m['tokens_per_s'] * m['ms_per_iter'] / 1000 / tokens_per_iter - 1) < 1e-9
         assert m['grad_norm'] > 0 and 0 < m['lr'] < 1.001e-2
-    # one kind of value in a column, so that pandas.read_json(path, lines=True) makes numbers of it
+    # one type per column, so that pandas.read_json(path, lines=True) makes numbers of it
     assert all(isinstance(v, (int, float, type(None))) for m in iters + steps for v in m.values())
 
 
-def test_a_resumed_run_goes_on_in_its_metrics_without_doubles_or_gaps(folder):
+def test_a_resumed_run_leaves_the_metrics_of_an_uninterrupted_one(folder):
     train(folder, '--max_iters=9', '--out_dir=whole')
     train(folder, '--max_iters=5', '--out_dir=parts')
-    # a run that was killed after its last checkpoint has written more, the last of it half
+    # a run that was killed after its last checkpoint has written more, its last line cut off
     with open(folder / 'parts' / 'metrics.jsonl', 'a') as f:
         f.write('{"iter": 6, "loss": 1.0}\n{"iter": 7, "loss": 1.0}\n{"iter": 8, "lo')
     train(folder, '--init_from=resume', '--max_iters=9', '--out_dir=parts')
     def numbers(out_dir):
-        return [{k: m[k] for k in m if k not in ('ms_per_iter', 'tokens_per_s', 'mfu')} for m in read_metrics(folder / out_dir)]
+        return [{k: m[k] for k in m if k not in ('ms_per_iter', 'tokens_per_s', 'mfu')}
+                for m in read_metrics(folder / out_dir)]
     assert numbers('parts') == numbers('whole') and len(numbers('whole')) == 13
 
 
-def test_the_metrics_of_another_run_are_set_aside(tmp_path):
+def test_the_metrics_of_another_run_are_renamed(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text('{"iter": 3}\n')
-    Metrics(tmp_path, 0).write(iter=0, loss=float('inf'))
+    MetricsFile(tmp_path, 0).write(iter=0, loss=float('inf'))
     assert (tmp_path / 'metrics.jsonl').read_text() == '{"iter": 0, "loss": null}\n'
     (other,) = set(os.listdir(tmp_path)) - {'metrics.jsonl'}
     assert (tmp_path / other).read_text() == '{"iter": 3}\n'
 
 
 def test_metrics_that_cannot_be_written_are_a_warning(tmp_path, capsys):
-    metrics = Metrics(tmp_path / 'absent', 0)
-    metrics.write(iter=0)
-    assert capsys.readouterr().out.startswith('WARNING: ') and metrics.file is None
+    metrics_file = MetricsFile(tmp_path / 'absent', 0)
+    metrics_file.write(iter=0)
+    assert capsys.readouterr().out.startswith('WARNING: ') and metrics_file.file is None
 
 
-def test_what_is_no_line_of_metrics_is_passed_over(tmp_path):
+def test_read_metrics_skips_lines_that_are_no_metrics(tmp_path):
     assert read_metrics(tmp_path) == []
     good = {'iter': 1, 'loss': None}
-    lines = [b'', b'3', b'[]', b'{"loss": 1}', b'{"iter": "1"}', b'\xff', json.dumps(good).encode(), b'{"iter": 2,']
+    lines = [b'', b'3', b'[]', b'{"loss": 1}', b'{"iter": "1"}', b'\xff', json.dumps(good).encode(),
+             b'{"iter": 2,']
     (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join(lines))
-    assert read_metrics(tmp_path) == [good]
+    assert read_metrics(tmp_path) == read_metrics(tmp_path / 'metrics.jsonl') == [good]
 
+
+# -----------------------------------------------------------------------------
+# on a terminal
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='there are no pseudo-terminals')
-def test_the_time_left_is_told_on_a_terminal_alone(folder):
+def test_the_time_left_is_printed_on_a_terminal_only(folder):
     assert 'left' not in train(folder, '--max_iters=8')
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([*TRAIN, *TINY, '--max_iters=8', '--out_dir=other'], cwd=folder, stdout=theirs,
-                               stderr=subprocess.DEVNULL, env=os.environ | CACHE)
+    process = subprocess.Popen([*TRAIN, *TINY, '--max_iters=8', '--out_dir=other'], cwd=folder,
+                               stdout=theirs, stderr=subprocess.DEVNULL, env=os.environ | CACHE)
     os.close(theirs)
     out = b''
     try:
         while part := os.read(ours, 2 ** 16):
             out += part
     except OSError:
-        pass  # Linux's way to say that the other end is closed
+        pass  # how Linux reports that the other end is closed
     assert process.wait() == 0
-    told = re.findall(r'^step (\d+): .*\r\n(?:saving.*\r\n)?(.*)\r$', out.decode(), re.M)
-    assert [it for it, line in told if re.fullmatch(r'0:00:\d\d left, done at about \w+ \d\d:\d\d', line)] == ['4', '8'], told
+    printed = re.findall(r'^step (\d+): .*\r\n(?:saving.*\r\n)?(.*)\r$', out.decode(), re.M)
+    assert [it for it, line in printed if re.fullmatch(
+        r'0:00:\d\d left, done at about \w+ \d\d:\d\d', line)] == ['4', '8'], printed
 
 
-def test_a_bar_is_drawn_on_a_terminal_alone(monkeypatch):
+@pytest.mark.parametrize('terminal', [True, False])
+def test_a_progress_bar_is_drawn_on_a_terminal_only(monkeypatch, terminal):
     pytest.importorskip('tqdm', reason='tqdm is not installed')
-    monkeypatch.setattr(jax_metrics, 'BAR_AFTER', 0)
-    for terminal in (True, False):
-        screen = io.StringIO()
-        monkeypatch.setattr(sys, 'stdout', io.StringIO())
-        monkeypatch.setattr(sys.stdout, 'isatty', lambda terminal=terminal: terminal, raising=False)
-        monkeypatch.setattr(sys, 'stderr', screen)
-        assert list(progress([1, 2, 3], 'evaluating val')) == [1, 2, 3]
-        assert ('evaluating val' in screen.getvalue()) is terminal
-        monkeypatch.undo()
-        monkeypatch.setattr(jax_metrics, 'BAR_AFTER', 0)
+    monkeypatch.setattr(metrics, 'BAR_DELAY', 0)
+    monkeypatch.setattr(sys, 'stdout', io.StringIO())
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, 'stderr', screen := io.StringIO())
+    assert list(progress([1, 2, 3], 'evaluating val')) == [1, 2, 3]
+    assert ('evaluating val' in screen.getvalue()) is terminal

@@ -1,13 +1,15 @@
-"""Tiny Shakespeare in GPT-2's tokens: writes train.bin and val.bin beside this file."""
+"""Write Tiny Shakespeare as train.bin and val.bin: GPT-2's tokens."""
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # where common.py lies
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py
 from common import fetch, gpt2_encoding, read_text, split_text, tinyshakespeare_url, write_splits
+from nanogpt_jax.errors import report_user_error
 
+sys.excepthook = report_user_error
 folder = os.path.dirname(os.path.abspath(__file__))
-path = os.path.join(folder, 'input.txt')  # your own text, if you put it here first
+path = os.path.join(folder, 'input.txt')  # put your own text here to use it instead
 fetch(tinyshakespeare_url, path)
 enc = gpt2_encoding()
-# split before encoding, so that no token straddles the border; ordinary: no text counts as a special token
+# split before encoding, so that no token spans both; ordinary: no text is a special token
 write_splits(folder, *(enc.encode_ordinary(part) for part in split_text(read_text(path))))

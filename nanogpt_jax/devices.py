@@ -1,0 +1,288 @@
+"""
+The machine that a script runs on: processes, devices and their peaks, the compilation cache, memory
+that malloc keeps, standard output and signals.
+"""
+
+import contextlib
+import ctypes
+import glob
+import hashlib
+import importlib.util
+import os
+import platform as machine
+import signal
+import sys
+import warnings
+
+import jax
+from jax.experimental import multihost_utils
+
+from nanogpt_jax import errors
+from nanogpt_jax.errors import UserError
+
+# -----------------------------------------------------------------------------
+# processes
+
+def process_rank():
+    """(index of this process, number of processes) as the launcher set them; (0, 1) without one.
+
+    Raises UserError if the launcher's environment variables are not such numbers.
+    """
+    for index, count in (('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES'),
+                         ('SLURM_PROCID', 'SLURM_STEP_NUM_TASKS'),
+                         ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE')):
+        if count in os.environ:
+            values = [os.environ.get(name, '') for name in (index, count)]
+            if not all(v.isdecimal() for v in values) or int(values[0]) >= int(values[1]):
+                raise UserError(f'{count} is {values[1]!r} and {index} is {values[0]!r}; they must '
+                                'be the number of processes and the index of this one, from 0')
+            return int(values[0]), int(values[1])
+    return 0, 1
+
+
+def silence_other_processes(rank):
+    """Only process 0 prints; errors are printed by each."""
+    if rank > 0:
+        # the file descriptor, not sys.stdout: libraries print from C++ too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def start_processes(device, heartbeat_timeout):
+    """Connect the processes that a launcher has started, by jax.distributed; nothing for one alone.
+
+    JAX itself finds SLURM, Open MPI and Cloud TPU; otherwise JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set. heartbeat_timeout: seconds without a sign of
+    life after which a process counts as dead, which ends the others. Raises UserError if one of the
+    three variables is missing, and for a timeout below one second.
+    """
+    if heartbeat_timeout < 1:
+        raise UserError(f'heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second')
+    process_id, n_processes = process_rank()
+    on_tpu = (device in ('auto', 'tpu') and importlib.util.find_spec('libtpu')
+              and glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*'))
+    by_hand = {}
+    if 'JAX_NUM_PROCESSES' in os.environ:
+        by_hand = dict(num_processes=n_processes, process_id=process_id)
+        address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')
+        if not address.rpartition(':')[2].isdecimal():
+            raise UserError('with JAX_NUM_PROCESSES, JAX_COORDINATOR_ADDRESS must be the host of '
+                            'the process with JAX_PROCESS_ID=0 and a free port on it, such as '
+                            f'node1:1234, not {address!r}')
+    if n_processes > 1 or on_tpu:
+        jax.distributed.initialize(**by_hand, heartbeat_timeout_seconds=heartbeat_timeout)
+        process_id = jax.process_index() if on_tpu else process_id
+        errors.process_label = f' in process {process_id}'
+        silence_other_processes(process_id)
+
+
+# -----------------------------------------------------------------------------
+# devices
+
+# dense bfloat16 peaks in FLOP/s, from the makers' data sheets; the first name found in a device's
+# kind counts, so specific names come before generic ones
+PEAK_FLOPS = {
+    'h100 nvl': 835e12, 'h100 pcie': 756.5e12, 'h100': 989.5e12, 'h200 nvl': 836e12,
+    'h200': 989.5e12, 'a100': 312e12, 'l40s': 362e12, 'l40': 181e12, 'l4': 121e12,
+    'rtx 4090': 165.2e12, 'tpu v4': 275e12, 'tpu v5 lite': 197e12, 'tpu v5e': 197e12,
+    'tpu v5p': 459e12, 'tpu v5': 459e12, 'tpu v6 lite': 918e12, 'tpu v6e': 918e12,
+}
+
+
+def peak_flops(device):
+    """(bfloat16 peak of a device in FLOP/s, whose peak it is); of an A100 if it is not known."""
+    kind = device.device_kind.lower()
+    for name, peak in PEAK_FLOPS.items():
+        if name in kind:
+            return peak, device.device_kind
+    return PEAK_FLOPS['a100'], 'an A100'
+
+
+def select_devices(device='auto'):
+    """The devices that --device names: auto, cpu, gpu or cuda, cuda:1 for one of several, tpu.
+
+    Must be called before JAX is used otherwise. Raises UserError for absent and unknown devices.
+    """
+    platform, _, index = device.partition(':')
+    if platform == 'mps':
+        raise UserError("device 'mps' is PyTorch's name for Apple's GPU, which JAX does not "
+                        'support well; use --device=cpu')
+    if platform not in ('auto', 'cpu', 'gpu', 'cuda', 'tpu') or (index and not index.isdecimal()):
+        raise UserError(f'device is {device!r}; it must be auto, cpu, gpu, cuda, tpu, or one of '
+                        'several such as cuda:1')
+    if platform == 'cpu':
+        jax.config.update('jax_platforms', 'cpu')  # do not take a GPU's memory
+    try:
+        devices = jax.devices(None if platform == 'auto' else platform)
+    except (RuntimeError, AssertionError) as e:  # an assertion if JAX_PLATFORMS names absent ones
+        reason = ' '.join(str(e).split()) or 'see JAX_PLATFORMS'
+        raise UserError(f'device {device!r} was requested, but JAX has none ({reason}); use '
+                        '--device=cpu, or install JAX for that device (see requirements_jax.txt)'
+                        ) from e
+    if index:
+        if jax.process_count() > 1:
+            raise UserError(f'device {device!r} selects one device of one process, but there are '
+                            f'{jax.process_count()} processes')
+        if int(index) >= len(devices):
+            raise UserError(f'device {device!r} was requested, but there are only {len(devices)}, '
+                            'counted from 0')
+        devices = [devices[int(index)]]
+    if platform == 'auto' and devices[0].platform == 'cpu' and os.path.exists('/dev/nvidia0'):
+        print('WARNING: this machine has an NVIDIA GPU, but JAX sees only the CPU; '
+              'see requirements_jax.txt')
+    if devices[0].platform == 'cpu':
+        keep_freed_memory()
+    own = next(d for d in devices if d.process_index == jax.process_index())
+    jax.config.update('jax_default_device', own)
+    return devices
+
+
+def on_host():
+    """A context in which new arrays are created in host memory, if JAX_PLATFORMS allows it."""
+    try:
+        return jax.default_device(jax.local_devices(backend='cpu')[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
+
+
+def compute_dtype(dtype, devices):
+    """The dtype to compute in on these devices: float32 on a CPU, as in nanoGPT, else `dtype`.
+
+    Raises UserError for an unknown dtype.
+    """
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise UserError(f'dtype is {dtype!r}; it must be float32, bfloat16 or float16')
+    return 'float32' if devices[0].platform == 'cpu' else dtype
+
+
+def attention_path(attention, compute_type, head_size, device):
+    """Which attention to use, 'cudnn' or 'xla'; 'auto' chooses the faster one that works here.
+
+    cuDNN's kernel needs an NVIDIA GPU of the Ampere generation or newer, 16 bits, and a head size
+    that is a multiple of 8 up to 128. Raises UserError if 'cudnn' was requested without these, and
+    for an unknown name.
+    """
+    if attention not in ('auto', 'cudnn', 'xla'):
+        raise UserError(f'attention is {attention!r}; it must be auto, cudnn or xla')
+    supported = ('nvidia' in device.device_kind.lower() and float(device.compute_capability) >= 8
+                 and compute_type != 'float32' and head_size % 8 == 0 and head_size <= 128)
+    if attention == 'cudnn' and not supported:
+        raise UserError('cuDNN attention needs an NVIDIA GPU of the Ampere generation or newer, '
+                        'bfloat16 or float16, and a head size that is a multiple of 8 up to 128; '
+                        f'this is {device.device_kind}, {compute_type} and {head_size}: use '
+                        '--attention=xla or auto')
+    return 'cudnn' if supported and attention != 'xla' else 'xla'
+
+
+# -----------------------------------------------------------------------------
+# memory and compiled programs
+
+def keep_freed_memory():
+    """Make glibc keep freed memory for the next step instead of returning it to the kernel."""
+    # XLA's CPU backend takes a step's temporary memory from malloc, which maps, zeroes and unmaps
+    # blocks above 32 MB at every step otherwise
+    if machine.libc_ver()[0] == 'glibc':
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: never map single blocks
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-2, 2 ** 28)  # M_TOP_PAD: grow it by 256 MB at a time
+
+
+def enable_compilation_cache():
+    """Cache compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR."""
+    # a damaged entry, or a full disk, costs a compilation and nothing else
+    warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
+    if jax.config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get('XDG_CACHE_HOME', '')
+    if not os.path.isabs(home):  # the XDG standard says to ignore relative paths
+        home = os.path.join(os.path.expanduser('~'), '.cache')
+    folder = os.path.join(home, 'nanogpt-jax', cpu_key())
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        print(f'compiled programs are not cached for the next start: {e}')
+        return
+    jax.config.update('jax_compilation_cache_dir', folder)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    if importlib.util.find_spec('filelock'):  # JAX needs it to limit the folder's size
+        jax.config.update('jax_compilation_cache_max_size', 2 ** 31)
+
+
+def cpu_key():
+    """A name for this kind of CPU: programs compiled for one CPU may crash on another, and home
+    folders are shared between machines."""
+    features = machine.machine() + machine.processor()
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            features += next(s for s in f if s.lower().startswith(('flags', 'features')))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a CPU of another kind
+    return hashlib.sha256(features.encode()).hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------
+# standard output and signals
+
+class RobustStream:
+    """A text stream that discards what is written after its reader has closed the pipe.
+
+    A tee that dies of the same Ctrl-C must not end a run before its checkpoint is saved.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, call, *args):
+        try:
+            return call(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def keep_stdout_open():
+    """Make printing survive a closed pipe, and print each line at once, to a pipe or a file too."""
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout = RobustStream(sys.stdout)
+
+
+class StopRequest:
+    """Remembers the first SIGTERM or SIGINT, so that the loop can end at the next step.
+
+    A second signal ends the process at once. Under jax.distributed, SIGTERM is left to JAX's own
+    handler, by which all processes agree on the step to end at, and SIGINT is forwarded as SIGTERM.
+    """
+
+    def __init__(self):
+        self.signum = None
+        self.signals = ((signal.SIGINT,) if jax.distributed.is_initialized() else
+                        (signal.SIGINT, signal.SIGTERM))
+        for signum in self.signals:
+            signal.signal(signum, self._remember)
+
+    def _remember(self, signum, frame):
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.signum = signal.Signals(signum)
+        for each in self.signals:
+            signal.signal(each, signal.SIG_DFL)
+
+    def reached(self, iter_num):
+        """Whether to end before this iteration."""
+        if multihost_utils.reached_preemption_sync_point(iter_num):
+            self.signum = signal.SIGTERM
+        return self.signum is not None
+
+    @property
+    def exit_code(self):
+        """130 after Ctrl-C, as in a shell, else 0: SIGTERM is how schedulers end a job."""
+        return 130 if self.signum == signal.SIGINT else 0

@@ -1,0 +1,46 @@
+"""Errors that a user can fix, and how the scripts print them. Imports nothing of this project."""
+
+import importlib
+import os
+import sys
+
+process_label = ''  # ' in process 3' once start_processes has connected several processes
+
+
+class UserError(ValueError):
+    """A mistake that the user can fix: the scripts print it as one line, without a traceback."""
+
+
+def optional_import(name):
+    """Import a package that only some commands need. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        package = name.split('.')[0]
+        raise UserError(f'this needs the package {package}: pip install {package}') from e
+
+
+def report_user_error(kind, error, traceback):
+    """sys.excepthook of the scripts: one line for a UserError, for a lack of memory and for a lost
+    process, none for Ctrl-C and a closed pipe, and the traceback for everything else.
+
+    One of several processes exits at once: a normal exit would wait for the others.
+    """
+    text = ' '.join(str(error).split())
+    if issubclass(kind, UserError):
+        print(f'error{process_label}: {error}', file=sys.stderr)
+    elif 'RESOURCE_EXHAUSTED' in text:
+        print(f'error{process_label}: out of memory ({str(error).splitlines()[0]}). '
+              'Use a smaller --batch_size with a larger --gradient_accumulation_steps (the same '
+              'tokens per iteration), or --remat=True', file=sys.stderr)
+    elif process_label and kind.__name__ == 'JaxRuntimeError':
+        print(f'error{process_label}: lost the connection to the other processes, most likely '
+              f'because one of them has exited (...{text[-150:]}). Restart all of them with '
+              '--init_from=resume', file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the flush at exit does not fail too
+    elif not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+    if process_label:
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,0 +1,196 @@
+"""
+What a run reports: nanoGPT's line for each step, metrics.jsonl in out_dir, and, on a terminal, the
+time left and progress bars.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from datetime import timedelta
+
+from nanogpt_jax.errors import UserError
+
+METRICS = 'metrics.jsonl'
+BAR_DELAY = 3  # seconds before a progress bar appears
+
+
+# -----------------------------------------------------------------------------
+# steps
+
+class NonFiniteError(UserError):
+    """The loss, a gradient or the weights are not finite."""
+
+
+def check_finite(iter_num, numbers, describe_valid=None):
+    """Raise NonFiniteError if one of a step's metrics, or of other named scalars, is not finite.
+
+    Waits for the device. In float16 an overflow only skips the step, unless it has halved the loss
+    scale to less than 1 already. describe_valid: returns text about the last valid checkpoint, for
+    the error message.
+    """
+    if float(numbers.get('loss_scale', 0)) >= 1:
+        return
+    wrong = [f'{name} is {float(x)}' for name, x in numbers.items() if not math.isfinite(x)]
+    if wrong:
+        checkpoint = f'; {describe_valid()}' if describe_valid else ''
+        raise NonFiniteError(
+            f'{" and ".join(wrong)} at iteration {iter_num}, not a finite number{checkpoint}. '
+            'Try a smaller --learning_rate, a larger --warmup_iters, a --grad_clip of 1.0, '
+            'or --dtype=float32')
+
+
+class StepLog:
+    """Prints nanoGPT's line for a step, and writes it to metrics.jsonl, one step late.
+
+    Reading a loss waits for the device, so a step's line is printed once the next step is queued.
+    max_iters: the last iteration. tokens_per_iter: tokens of an optimizer step. estimate_mfu:
+    seconds per iteration to MFU, a fraction. schedule: iteration to learning rate. metrics_file: a
+    MetricsFile or None. describe_valid: see check_finite.
+    """
+
+    def __init__(self, start_iter, max_iters, tokens_per_iter, estimate_mfu, schedule,
+                 metrics_file, describe_valid):
+        self.start_iter, self.last_logged = start_iter, start_iter - 1
+        self.max_iters, self.start_time = max_iters, time.time()
+        self.tokens_per_iter, self.estimate_mfu = tokens_per_iter, estimate_mfu
+        self.schedule, self.metrics_file = schedule, metrics_file
+        self.describe_valid = describe_valid
+        self.running_mfu = -1.0
+        self.last_step = {}  # of the last printed step: grad_norm and, in float16, loss_scale
+        self.pending = None  # (iteration, metrics) of a step that is not printed yet
+        self.train_time, self.resumed_at = 0.0, self.start_time
+
+    def queue(self, iter_num, metrics):
+        """Remember the metrics of a step, arrays on the device, for the next flush."""
+        self.pending = iter_num, metrics
+
+    def pause(self):
+        """Stop the clock: evaluations and checkpoints do not count as training time."""
+        self.train_time += time.time() - self.resumed_at
+
+    def resume(self):
+        self.resumed_at = time.time()
+
+    def flush(self):
+        """Print the pending step, if any. Raises NonFiniteError if its loss is not finite."""
+        if not self.pending:
+            return
+        it, metrics = self.pending
+        loss = float(metrics['loss'])
+        now = time.time()
+        dt = (self.train_time + now - self.resumed_at) / (it - self.last_logged)
+        self.pending, self.last_logged, self.train_time, self.resumed_at = None, it, 0.0, now
+        if it - self.start_iter >= 5:  # the first iterations are slower
+            mfu = self.estimate_mfu(dt)
+            first = self.running_mfu == -1.0
+            self.running_mfu = mfu if first else 0.9 * self.running_mfu + 0.1 * mfu
+        print(f'iter {it}: loss {loss:.4f}, time {dt * 1000:.2f}ms, '
+              f'mfu {self.running_mfu * 100:.2f}%')
+        self.last_step = {name: float(x) for name, x in metrics.items() if name != 'loss'}
+        if self.metrics_file:
+            self.metrics_file.write(
+                iter=it, tokens=(it + 1) * self.tokens_per_iter, loss=loss,
+                lr=float(self.schedule(it)), **self.last_step, ms_per_iter=dt * 1000,
+                tokens_per_s=self.tokens_per_iter / dt,
+                mfu=self.running_mfu if self.running_mfu >= 0 else math.nan)
+        check_finite(it, metrics, self.describe_valid)
+
+    def evaluated(self, iter_num, losses):
+        """Write the losses of an evaluation to metrics.jsonl, and print the time left.
+
+        Raises NonFiniteError if the validation loss is not finite.
+        """
+        if self.metrics_file:
+            self.metrics_file.write(iter=iter_num, tokens=iter_num * self.tokens_per_iter,
+                                    train_loss=losses['train'], val_loss=losses['val'],
+                                    lr=float(self.schedule(iter_num)))
+        if iter_num > self.start_iter and sys.stdout.isatty():
+            per_iter = (time.time() - self.start_time) / (iter_num - self.start_iter)
+            print(time_left(per_iter * (self.max_iters + 1 - iter_num)))
+        check_finite(iter_num, {'validation loss': losses['val']}, self.describe_valid)
+
+
+# -----------------------------------------------------------------------------
+# metrics.jsonl
+
+class MetricsFile:
+    """out_dir/metrics.jsonl: a JSON object per line, for pandas.read_json(path, lines=True).
+
+    A run that resumes at start_iter keeps the lines of earlier iterations. The file of another run
+    is renamed to metrics-<time>.jsonl.
+    """
+
+    def __init__(self, out_dir, start_iter):
+        self.path = os.path.join(out_dir, METRICS)
+        try:
+            if start_iter > 0:
+                earlier = [line for line in read_metrics(out_dir) if line['iter'] < start_iter]
+                with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
+                    f.writelines(json.dumps(line) + '\n' for line in earlier)
+                os.replace(self.path + '.tmp', self.path)
+            elif os.path.exists(self.path):
+                renamed = os.path.join(out_dir, f'metrics-{time.time_ns()}.jsonl')
+                os.replace(self.path, renamed)
+            self.file = open(self.path, 'a', encoding='utf-8', buffering=1)  # flushed line by line
+        except OSError as e:
+            self._disable(e)
+
+    def write(self, **values):
+        """Add a line; numbers that are not finite become null, as JSON has no others."""
+        if self.file is None:
+            return
+        values = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        try:
+            self.file.write(json.dumps(values) + '\n')
+        except OSError as e:
+            self._disable(e)
+
+    def _disable(self, error):
+        print(f'WARNING: cannot write {self.path} ({error}); training continues without it')
+        self.file = None
+
+
+def read_metrics(path):
+    """The lines of an out_dir's metrics.jsonl, or of a .jsonl file, as dicts with an int 'iter'.
+
+    Skips lines that a crash has cut off. An empty list if an out_dir has no such file.
+    """
+    is_dir = os.path.isdir(path)
+    try:
+        with open(os.path.join(path, METRICS) if is_dir else path,
+                  encoding='utf-8', errors='replace') as f:
+            lines = f.readlines()
+    except FileNotFoundError:
+        if not is_dir:
+            raise
+        return []
+    found = []
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get('iter'), int):
+            found.append(values)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# for a terminal
+
+def time_left(seconds):
+    """As text, how long N seconds are and when they are over."""
+    at = time.strftime('%a %H:%M', time.localtime(time.time() + seconds))
+    return f'{timedelta(seconds=round(seconds))} left, done at about {at}'
+
+
+def progress(items, description):
+    """The items, with a progress bar on a terminal if they take long (and tqdm is installed)."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=description, delay=BAR_DELAY, leave=False,
+                disable=not sys.stdout.isatty())

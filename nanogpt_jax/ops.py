@@ -1,0 +1,147 @@
+"""
+Operations of the model whose plain form is slow or takes too much memory; BENCHMARKS.md has the
+figures. All are plain JAX for any device, except cuDNN's attention kernel for NVIDIA GPUs.
+Gradients are set with custom_vjp, so forward mode (jax.jvp) does not work through them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+@jax.custom_vjp
+def matmul(x, w):
+    """x (..., n_in) @ w (n_in, n_out), computed and returned in x's dtype.
+
+    The gradient of w is summed in w's own dtype.
+    """
+    return x @ w.astype(x.dtype)
+
+
+def _matmul_forward(x, w):
+    return matmul(x, w), (x, w)
+
+
+def _matmul_backward(saved, g):
+    # on 2-D operands: otherwise XLA's CPU compiler transposes x for the gradient of w, and computes
+    # the elementwise operations that made x a second time there, with strided access
+    x, w = saved
+    x2d, g2d = (a.reshape(-1, a.shape[-1]) for a in (x, g))
+    grad_w = lax.dot_general(x2d, g2d, (((0,), (0,)), ((), ())), preferred_element_type=w.dtype)
+    return g @ w.T.astype(g.dtype), grad_w
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def gelu(x):
+    """The exact GELU, x times the normal CDF at x, in x's dtype.
+
+    Computed in float32 by erf, as in torch; jax.nn.gelu's exact form is computed by erfc,
+    which takes three times as long on a CPU.
+    """
+    return _gelu_forward(x)[0]
+
+
+def _gelu_forward(x):
+    # the derivative is saved for the backward pass instead of x, so erf is not computed twice
+    h = x.astype(jnp.float32)
+    cdf = 0.5 + 0.5 * lax.erf(h * np.float32(0.5 ** 0.5))
+    pdf = jnp.exp(-0.5 * h * h) * np.float32((2 * np.pi) ** -0.5)
+    return (h * cdf).astype(x.dtype), (cdf + h * pdf).astype(x.dtype)
+
+
+def _gelu_backward(derivative, g):
+    return derivative * g,
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+def random_bits(key, shape, t=0):
+    """uint32 random bits of a shape: a hash of each element's index, a jax.random key and t.
+
+    t: int, added to the key. The hash is MurmurHash3's finalizer
+    (https://github.com/aappleby/smhasher, public domain), applied once for each half of the key.
+    """
+    # jax.random's threefry takes 10 to 25% of a training step on a CPU, and 0.3 s to compile
+    strides = np.cumprod((1, *shape[:0:-1]))[::-1]
+    bits = sum(lax.broadcasted_iota(jnp.uint32, shape, d) * np.uint32(s % 2 ** 32)
+               for d, s in enumerate(strides))
+    for half in jax.random.key_data(key)[:2]:
+        bits = bits ^ (half + jnp.uint32(t))
+        bits = (bits ^ bits >> 16) * np.uint32(0x85ebca6b)
+        bits = (bits ^ bits >> 13) * np.uint32(0xc2b2ae35)
+        bits = bits ^ bits >> 16
+    return bits
+
+
+def dropout(x, rate, key):
+    """x with each element zeroed with probability `rate`, and divided by 1 - rate otherwise."""
+    keep = random_bits(key, x.shape) >= np.uint32(rate * 2 ** 32)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def causal_attention(q, k, v, drop=lambda att: att):
+    """Causal softmax(q k^T / sqrt(hs)) v; q, k, v and the result are (B, T, nh, hs).
+
+    Scores and softmax are float32 in any dtype. drop: dropout of the attention weights
+    (B, nh, queries, keys).
+    """
+    B, T, nh, hs = q.shape
+    # up to four parts of the queries, each with the keys that it can see: this skips 3/8 of the
+    # masked work. Parts of fewer than 32 queries gain nothing and compile longer
+    size = max(32, -(-T // 4))
+    parts = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        att = jnp.einsum('bqnh,bknh->bnqk', q[:, start:end], k[:, :end],
+                         preferred_element_type=jnp.float32)
+        visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        att = jnp.where(visible, att * hs ** -0.5, -jnp.inf)
+        att = drop(jax.nn.softmax(att, axis=-1).astype(v.dtype))
+        parts.append(jnp.einsum('bnqk,bknh->bqnh', att, v[:, :end]))
+    return jnp.concatenate(parts, axis=1)
+
+
+def fused_attention(q, k, v):
+    """causal_attention without dropout as cuDNN's fused kernel, which stores no (T, T) scores.
+
+    bfloat16 or float16 on NVIDIA GPUs.
+    """
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='cudnn')
+
+
+@jax.custom_vjp
+def cross_entropy(logits, targets):
+    """Mean negative log-likelihood, a float32 scalar, over the targets that are not -1.
+
+    logits (..., V) of any float dtype, targets int (...). nan if every target is -1, as in torch.
+    """
+    return _cross_entropy_forward(logits, targets)[0]
+
+
+def _cross_entropy_forward(logits, targets):
+    # sums are float32, but no float32 copy of bfloat16 logits, GPT-2's largest array, is stored
+    lse = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
+    valid = targets != -1
+    index = jnp.where(valid, targets, 0)[..., None]
+    target_logits = jnp.take_along_axis(logits, index, axis=-1).astype(jnp.float32)
+    nll = jnp.where(valid, (lse - target_logits)[..., 0], 0.0)
+    return nll.sum() / valid.sum(), (logits, lse, targets)
+
+
+def _cross_entropy_backward(saved, g):
+    # softmax minus one-hot, by comparison with an iota: the gradient of a gather is a slow scatter
+    logits, lse, targets = saved
+    valid = targets != -1
+    classes = lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    one_hot = classes == targets[..., None]
+    probs = jnp.exp(logits.astype(jnp.float32) - lse)
+    grads = (probs - one_hot) * (valid * (g / valid.sum()))[..., None]
+    return grads.astype(logits.dtype), None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -1,0 +1,274 @@
+"""
+Sampling: the key/value cache, the decoding loops inside one compiled function each, and text as its
+tokens come. Within block_size a new token computes one position; past it nanoGPT's window slides,
+every position changes, and a token computes a full window.
+"""
+
+import codecs
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nanogpt_jax.errors import UserError
+from nanogpt_jax.ops import random_bits
+
+MIN_BUCKET = 64  # tokens; prompts and the cache are padded to 64, 128, ... up to block_size
+
+
+# -----------------------------------------------------------------------------
+# the next token
+
+def filter_logits(logits, temperature, top_k=None, top_p=1.0):
+    """Logits of the distribution that is sampled from: float32 (..., V), -inf for excluded tokens.
+
+    Divides by temperature, keeps the top_k largest, and of these the most likely that together
+    reach the probability top_p.
+    """
+    logits = logits.astype(jnp.float32) / temperature
+    if top_k is not None:
+        ordered = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0]
+        # min, not [..., -1:], which XLA's CPU compiler rewrites to a full sort, 60 times as slow
+        logits = jnp.where(logits < ordered.min(axis=-1, keepdims=True), -jnp.inf, logits)
+    if top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True) if top_k is None else ordered
+        probs = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs  # probability of all more likely tokens
+        smallest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return logits
+
+
+def sample_token(logits, t, keys, temperature, top_k, top_p, n_vocab):
+    """Sample a token for position t from logits (B, V): int32 (B,).
+
+    Each sequence uses its own key of `keys` (B,). Ids from n_vocab on are padding, never sampled.
+    """
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < n_vocab, logits, -jnp.inf)
+    logits = filter_logits(logits, temperature, top_k, top_p)
+    bits = jax.vmap(lambda key: random_bits(key, logits.shape[-1:], t))(keys)
+    u = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0 ** -23  # uniform in the open interval (0, 1)
+    # the Gumbel-max trick: the argmax of logits plus this noise is a sample from their softmax
+    return jnp.argmax(logits - jnp.log(-jnp.log(u)), axis=-1).astype(jnp.int32)
+
+
+# -----------------------------------------------------------------------------
+# forward passes
+
+def empty_cache(config, B, length):
+    """Zero keys and values for each block, (B, nh, length, hs), in the compute dtype."""
+    shape = B, config.n_head, length, config.n_embd // config.n_head
+    return [(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+            for _ in range(config.n_layer)]
+
+
+def forward_with_cache(model, idx, start, cache):
+    """(hidden states (B, T, C), new cache) of tokens idx (B, T) at the positions from start on.
+
+    The cache holds the keys and values of all positions before start.
+    """
+    B, T = idx.shape
+    positions = start + jnp.arange(T)
+    mask = positions[:, None] >= jnp.arange(cache[0][0].shape[2])
+    x = model.transformer.wte(idx) + model.transformer.wpe(positions)  # (B, T, C)
+    new_cache = []
+    for block, (k_cache, v_cache) in zip(model.transformer.h, cache):
+        q, k, v = (a.swapaxes(1, 2) for a in block.attn.qkv(block.ln_1(x)))  # (B, nh, T, hs)
+        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, start, axis=2)
+        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, start, axis=2)
+        x = finish_block(block, x, q, k_cache, v_cache, mask)
+        new_cache.append((k_cache, v_cache))
+    return model.transformer.ln_f(x), new_cache
+
+
+def finish_block(block, x, q, k, v, mask):
+    """A block's output for its input x (B, T, C), given its queries, keys and values.
+
+    q: (B, nh, T, hs); k, v: (B, nh, L, hs). mask: broadcasts to (T, L), True where a
+    query sees a key.
+    """
+    att = jnp.einsum('bnqh,bnkh->bnqk', q, k, preferred_element_type=jnp.float32)
+    att = jnp.where(mask, att * q.shape[-1] ** -0.5, -jnp.inf)
+    att = jax.nn.softmax(att, axis=-1).astype(v.dtype)
+    y = jnp.einsum('bnqk,bnkh->bnqh', att, v).swapaxes(1, 2).reshape(x.shape)
+    x = x + block.attn.c_proj(y)
+    return x + block.mlp(block.ln_2(x))
+
+
+def last_hidden(model, idx):
+    """Hidden states (B, C) of the last position of idx (B, T), without a cache.
+
+    The last block computes that position only.
+    """
+    positions = jnp.arange(idx.shape[1])
+    x = model.transformer.wte(idx) + model.transformer.wpe(positions)  # (B, T, C)
+    *blocks, last = model.transformer.h
+    for block in blocks:
+        x = block(x)
+    q, k, v = (a.swapaxes(1, 2) for a in last.attn.qkv(last.ln_1(x)))  # (B, nh, T, hs)
+    return model.transformer.ln_f(finish_block(last, x[:, -1:], q[:, :, -1:], k, v, True))[:, 0]
+
+
+# -----------------------------------------------------------------------------
+# decoding loops
+
+def write_token(tokens, token, t):
+    return jax.lax.dynamic_update_index_in_dim(tokens, token, t, axis=1)
+
+
+@partial(jax.jit, static_argnames=('graphdef', 'bucket', 'length'))
+def prefill(graphdef, params, tokens, bucket, length):
+    """A cache of the given length, filled with the first `bucket` tokens (B, L) in one pass."""
+    model = nnx.merge(graphdef, params)
+    cache = empty_cache(model.config, tokens.shape[0], length)
+    return forward_with_cache(model, tokens[:, :bucket], 0, cache)[1]
+
+
+@partial(jax.jit, static_argnames=('graphdef', 'top_k', 'top_p'),
+         donate_argnames=('tokens', 'cache'))
+def decode(graphdef, params, tokens, cache, t, stop, keys, temperature, top_k, top_p, n_vocab):
+    """Sample tokens[:, t:stop] with the cache, which holds all positions before t - 1.
+
+    stop: at most the cache's length plus one. Returns (tokens, cache).
+    """
+    model = nnx.merge(graphdef, params)
+
+    def step(t, carry):
+        tokens, cache = carry
+        last = jax.lax.dynamic_slice_in_dim(tokens, t - 1, 1, axis=1)
+        x, cache = forward_with_cache(model, last, t - 1, cache)
+        logits = model.head(x[:, 0])
+        token = sample_token(logits, t, keys, temperature, top_k, top_p, n_vocab)
+        return write_token(tokens, token, t), cache
+    return jax.lax.fori_loop(t, stop, step, (tokens, cache))
+
+
+@partial(jax.jit, static_argnames=('graphdef', 'top_k', 'top_p'), donate_argnames='tokens')
+def decode_sliding_window(graphdef, params, tokens, t, stop, keys, temperature, top_k, top_p,
+                          n_vocab):
+    """Sample tokens[:, t:stop] past block_size, each from the block_size tokens before it."""
+    model = nnx.merge(graphdef, params)
+    window = model.config.block_size
+
+    def step(t, tokens):
+        x = last_hidden(model, jax.lax.dynamic_slice_in_dim(tokens, t - window, window, axis=1))
+        token = sample_token(model.head(x), t, keys, temperature, top_k, top_p, n_vocab)
+        return write_token(tokens, token, t)
+    return jax.lax.fori_loop(t, stop, step, tokens)
+
+
+def bucket_size(n, smallest, largest):
+    """The first of smallest, 2 * smallest, 4 * smallest, ... that holds n, or largest."""
+    while smallest < n:
+        smallest *= 2
+    return min(smallest, largest)
+
+
+def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, key=None,
+                  n_vocab=None, chunk=None, first=0):
+    """Yield the continuation of idx, int (B, T), as numpy arrays (B, n) of at most `chunk` tokens.
+
+    Past block_size the model sees the last block_size tokens. Dropout is off. temperature 0 takes
+    the most likely token. key: a jax.random key; sequence b samples with a key folded from it and
+    first + b, whatever B is. n_vocab: ids from here on are padding, never sampled. Raises
+    UserError for settings that cannot be sampled with.
+    """
+    check_sampling_settings(idx, max_new_tokens, temperature, top_k, top_p, key)
+    if temperature == 0:
+        temperature, top_k, top_p = 1.0, 1, 1.0
+    (B, t), block_size = idx.shape, model.config.block_size
+    graphdef, params = sampling_weights(model)
+    key = jax.random.key(0) if key is None else key
+    keys = jax.vmap(partial(jax.random.fold_in, key))(first + np.arange(B))
+    how = dict(keys=keys, temperature=temperature, top_k=top_k, top_p=top_p,
+               n_vocab=n_vocab or model.config.vocab_size)
+    end = t + max_new_tokens
+    length = bucket_size(max(end, block_size), block_size, 2 ** 31)
+    tokens = jnp.asarray(np.pad(np.asarray(idx, np.int32), ((0, 0), (0, length - t))))
+    cache = None
+    while t < end:
+        stop = min(end, t + (chunk or end))
+        if t <= block_size:
+            stop = min(stop, block_size + 1)
+            if cache is None:
+                # prefill may read past the prompt: attention is causal, and those positions of the
+                # cache are overwritten before they are seen
+                cache_length, bucket = (bucket_size(n, MIN_BUCKET, block_size)
+                                        for n in (end - 1, t - 1))
+                cache = (prefill(graphdef, params, tokens, bucket, cache_length) if t > 1 else
+                         empty_cache(model.config, B, cache_length))
+            tokens, cache = decode(graphdef, params, tokens, cache, t, stop, **how)
+        else:
+            tokens = decode_sliding_window(graphdef, params, tokens, t, stop, **how)
+        yield np.asarray(tokens)[:, t:stop].copy()
+        t = stop
+
+
+def check_sampling_settings(idx, max_new_tokens, temperature, top_k, top_p, key):
+    """Raise UserError for settings that cannot be sampled with."""
+    if idx.shape[1] < 1:
+        raise UserError('generate needs at least one token to continue; the prompt is empty')
+    if max_new_tokens < 0:
+        raise UserError(f'max_new_tokens is {max_new_tokens}; it must be at least 0')
+    if top_k is not None and top_k < 1:
+        raise UserError(f'top_k is {top_k}; it must be at least 1')
+    if not 0 < top_p <= 1:
+        raise UserError(f'top_p is {top_p}; it must be more than 0 and at most 1')
+    if temperature < 0:
+        raise UserError(f'temperature is {temperature}; '
+                        'it must be 0 (the most likely token) or more')
+    if key is None and top_k != 1 and temperature != 0:
+        raise UserError('generate needs key=jax.random.key(seed), '
+                        'unless temperature is 0 or top_k is 1')
+
+
+def sampling_weights(model):
+    """(graphdef with dropout off, parameters with the kernels in the compute dtype).
+
+    In 16 bits each token then reads half the bytes. The given model does not change.
+    """
+    model = nnx.merge(*nnx.split(model))
+    model.eval()
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    def convert(path, p):
+        return p.astype(model.config.dtype) if path[-1].key == 'kernel' else p
+    return graphdef, jax.tree_util.tree_map_with_path(convert, nnx.to_pure_dict(params))
+
+
+# -----------------------------------------------------------------------------
+# text
+
+class Continuation:
+    """The text of one sample, built from its tokens as they come.
+
+    decode: token ids to UTF-8 bytes, which may end inside a character. stop: the sample ends before
+    this text; '' for no such text. text: all text so far. ended: whether stop was found.
+    n_tokens: number of tokens until then.
+    """
+
+    def __init__(self, decode, stop=''):
+        self.decode, self.stop = decode, stop
+        self.utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+        self.text, self.held, self.ended, self.n_tokens = '', '', False, 0
+
+    def add(self, tokens, final=False):
+        """Add token ids and return the new text; holds back what may be a part of stop."""
+        if self.ended:
+            return ''
+        self.n_tokens += len(tokens)
+        new = self.held + self.utf8.decode(self.decode(tokens), final)
+        end = new.find(self.stop) if self.stop else -1
+        self.ended = end >= 0
+        if not self.ended:
+            partial_stop = (n for n in range(len(self.stop)) if new.endswith(self.stop[:n]))
+            end = len(new) - (0 if final else max(partial_stop, default=0))
+        new, self.held = new[:end], new[end:]
+        self.text += new
+        return new
+
+    def close(self):
+        """Return the text that was held back, now that no more tokens come."""
+        return self.add([], final=True)

@@ -1,0 +1,141 @@
+"""
+How a training step is spread over devices: the mesh, which device holds which part of each array,
+gathering sharded parameters, and placing batches. What moves between devices is written out here
+and in make_train_step; nothing is left to XLA's partitioner.
+"""
+
+import math
+from functools import partial
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from nanogpt_jax.errors import UserError
+
+# -----------------------------------------------------------------------------
+# the mesh
+
+def make_mesh(devices, fsdp=1):
+    """One mesh with the axes data and fsdp: groups of `fsdp` devices shard the training state."""
+    shape = len(devices) // fsdp, fsdp
+    return jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def choose_micro_batch_size(batch_size, block_size, n_embd, platform):
+    """The most sequences that a device processes at a time: batch_size, or fewer on a CPU."""
+    if platform != 'cpu':
+        return batch_size
+    # on a CPU they must fit in its caches: the widest activation, (B, T, 4 n_embd) float32, in 4 MB
+    return min(batch_size, max(1, 2 ** 18 // (block_size * n_embd)))
+
+
+def split_global_batch(global_batch_size, micro_batch_size, n_devices, fsdp=1, n_processes=1):
+    """Split the sequences of an optimizer step: (devices used, grad_accum_steps of each).
+
+    Uses the largest number of devices that divides the batch, in groups of fsdp and equally many
+    of each process; each device gets an equal share, in the fewest equal micro-batches of at most
+    micro_batch_size sequences. Raises UserError if no number of devices divides the batch.
+    """
+    def possible_counts(fsdp):
+        return [n for n in range(1, n_devices + 1)
+                if global_batch_size % n == n % fsdp == n % n_processes == 0]
+    used = max((n for n in possible_counts(fsdp) if n_devices % fsdp == 0), default=None)
+    if used is None:
+        sizes = [f for f in range(1, n_devices + 1) if n_devices % f == 0 and possible_counts(f)]
+        hint = (f'with this batch fsdp can be {", ".join(map(str, sizes))}' if sizes else
+                'make gradient_accumulation_steps * batch_size a multiple of the number of '
+                'processes')
+        raise UserError(f'{n_devices} devices of {n_processes} processes cannot split a global '
+                        f'batch of {global_batch_size} sequences equally with fsdp={fsdp}; {hint}')
+    share = global_batch_size // used
+    return used, share // max(m for m in range(1, micro_batch_size + 1) if share % m == 0)
+
+
+def select_mesh_devices(devices, n):
+    """The first n of the devices, equally many of each process."""
+    processes = sorted({d.process_index for d in devices})
+    per_process = [[d for d in devices if d.process_index == p] for p in processes]
+    return [d for own in per_process for d in own[:n // len(processes)]]
+
+
+def mesh_for_batch(devices, global_batch_size, micro_batch_size, fsdp=1):
+    """(mesh of as many of the devices as divide the batch, grad_accum_steps of each device)."""
+    n_devices, grad_accum_steps = split_global_batch(
+        global_batch_size, micro_batch_size, len(devices), fsdp, jax.process_count())
+    return make_mesh(select_mesh_devices(devices, n_devices), fsdp), grad_accum_steps
+
+
+# -----------------------------------------------------------------------------
+# parameters and optimizer state
+
+def partition_specs(tree, mesh):
+    """A PartitionSpec for each array: sharded over fsdp along the first dimension it divides.
+
+    Arrays of less than two dimensions, or without such a dimension, are replicated. A parameter
+    and its moments get the same spec.
+    """
+    n = mesh.shape['fsdp']
+
+    def spec(a):
+        if n == 1 or a.ndim < 2:
+            return PartitionSpec()
+        dim = next((d for d, size in enumerate(a.shape) if size % n == 0), None)
+        return PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, 'fsdp')
+    return jax.tree.map(spec, tree)
+
+
+def shardings(tree, mesh):
+    """partition_specs as NamedShardings on the mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh))
+
+
+def state_bytes(state):
+    """(bytes of a training state on one device, bytes of the full state)."""
+    leaves = jax.tree.leaves(state)
+    on_device = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+    return on_device, sum(a.nbytes for a in leaves)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def all_gather_param(w, dim, dtype):
+    """The full parameter in dtype, from the shards that the devices of fsdp hold along dim.
+
+    Its gradient is reduce-scattered in the shard's own dtype: summed over the devices, each of
+    which keeps its shard.
+    """
+    return jax.lax.all_gather(w.astype(dtype), 'fsdp', axis=dim, tiled=True)
+
+
+def _all_gather_param_backward(dim, dtype, w, g):
+    return jax.lax.psum_scatter(g.astype(w.dtype), 'fsdp', scatter_dimension=dim, tiled=True),
+
+
+all_gather_param.defvjp(lambda w, dim, dtype: (all_gather_param(w, dim, dtype), w),
+                        _all_gather_param_backward)
+
+
+def gather_params(params, specs, dtype):
+    """All parameters in full, from one device's shards; kernels are gathered in `dtype`.
+
+    Kernels are used in matmuls only, which compute in that dtype anyway; all else is float32.
+    """
+    def gather(path, w, spec):
+        if 'fsdp' not in spec:
+            return w
+        is_kernel = path[-1].key == 'kernel'
+        return all_gather_param(w, spec.index('fsdp'), dtype if is_kernel else 'float32')
+    return jax.tree_util.tree_map_with_path(gather, params, specs)
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+def batch_sharding(mesh, ndim):
+    """The sharding of arrays (..., B, T): B is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * (ndim - 2), ('data', 'fsdp')))
+
+
+def shard_batch(mesh, *arrays):
+    """Place arrays (..., B, T) on the devices; each process reads its own devices' part only."""
+    return tuple(jax.make_array_from_callback(a.shape, batch_sharding(mesh, a.ndim), a.__getitem__)
+                 for a in arrays)

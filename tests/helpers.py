@@ -1,0 +1,206 @@
+"""What the tests share: a folder with a small data set, and ways to run the scripts in it."""
+
+import contextlib
+import io
+import logging
+import os
+import pickle
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import warnings
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+import jax_train_utils as utils
+from jax_transformer import GPTConfig
+from nanogpt_jax.checkpoint import Checkpoints
+from nanogpt_jax.sharding import make_mesh
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# a model that trains in milliseconds; every run of these tests starts from these flags
+TINY = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32',
+        '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2',
+        '--eval_interval=4', '--warmup_iters=2', '--lr_decay_iters=20', '--learning_rate=1e-2',
+        '--min_lr=1e-3']
+
+# one compilation cache for all runs, and for all of pytest-xdist's workers, which inherit the
+# variable: compiling takes most of the time
+if 'TESTS_COMPILED' not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory()  # lives as long as this process
+    os.environ['TESTS_COMPILED'] = COMPILED.name
+CACHE = {'JAX_COMPILATION_CACHE_DIR': os.environ['TESTS_COMPILED'],
+         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+
+TRAIN = [sys.executable, os.path.join(ROOT, 'train_jax.py')]
+ITER = re.compile(
+    r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (-?\d+\.\d{2})%$', re.M)
+STEP = re.compile(r'^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})$', re.M)
+
+
+def with_data(folder):
+    """Write data/tiny into folder, a data set of 20 characters in a noisy cycle; returns folder."""
+    data = folder / 'data' / 'tiny'
+    data.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    ids = (np.arange(4000) + rng.integers(2, size=4000)) % 20
+    ids[:3600].astype(np.uint16).tofile(data / 'train.bin')
+    ids[3600:].astype(np.uint16).tofile(data / 'val.bin')
+    chars = 'abcdefghijklmnopqrs\n'
+    meta = {'vocab_size': 20, 'itos': dict(enumerate(chars)),
+            'stoi': {c: i for i, c in enumerate(chars)}}
+    (data / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# runs as processes
+
+def run(folder, script, *args, stdin=None, **env):
+    """The finished process of a script, or of a module such as tools.plot, started in folder."""
+    command = [sys.executable, os.path.join(ROOT, script)]
+    if is_module(script):
+        command[1:] = ['-m', script]
+        env['PYTHONPATH'] = os.pathsep.join([ROOT, env.get('PYTHONPATH', '')]).strip(os.pathsep)
+    return subprocess.run([*command, *map(str, args)], cwd=folder, capture_output=True,
+                          input=stdin, text=True, env=os.environ | CACHE | env, timeout=300)
+
+
+def is_module(script):
+    return not str(script).endswith('.py')
+
+
+def train(folder, *args, **env):
+    """stdout of a training run that must succeed; inside this process if env is empty."""
+    start = run if env else run_inside
+    result = start(folder, 'train_jax.py', *TINY, *args, **env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def start_processes(folder, n, *args, devices=1, command=TRAIN):
+    """Start the n processes of one training run, with `devices` devices each."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        address = f'localhost:{s.getsockname()[1]}'
+    env = os.environ | CACHE | {
+        'PYTHONPATH': ROOT, 'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(n),
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    return [subprocess.Popen([*command, *args], cwd=folder, env=env | {'JAX_PROCESS_ID': str(i)},
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for i in range(n)]
+
+
+def run_processes(folder, n, *args, devices=1):
+    """stdout of the first of n processes of a training run that must succeed."""
+    started = start_processes(folder, n, *args, devices=devices)
+    outputs = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0] * n, outputs
+    return outputs[0][0]
+
+
+# -----------------------------------------------------------------------------
+# runs inside this process
+
+def run_inside(folder, script, *args, stdin=None, **env):
+    """Like run, without starting a process and importing JAX again: for mistakes and short runs.
+
+    Not for runs that depend on what is read once per process (XLA_FLAGS, JAX_PLATFORMS,
+    PYTHONPATH) or that send output from C++. Returns a subprocess.CompletedProcess.
+    """
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
+    with process_state_restored():
+        os.chdir(folder)
+        os.environ.update(CACHE | env)
+        sys.argv = [str(script), *map(str, args)]
+        sys.stdin = io.TextIOWrapper(io.BytesIO((stdin or '').encode()), encoding='utf-8')
+        sys.stdout = sys.__stdout__ = out  # configurator.py prints --help to __stdout__
+        sys.stderr = err
+        jax.config.update('jax_compilation_cache_dir', CACHE['JAX_COMPILATION_CACHE_DIR'])
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+        reset_cache()
+        code = run_main(script)
+        out.flush()
+        err.flush()
+    texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    return subprocess.CompletedProcess([script, *args], code, *texts)
+
+
+def run_main(script):
+    """Run a script as __main__; returns the exit code that its process would have."""
+    try:
+        if is_module(script):
+            runpy.run_module(script, run_name='__main__', alter_sys=True)
+        else:
+            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        return 1 if isinstance(e.code, str) else int(e.code or 0)
+    except BaseException as e:
+        sys.excepthook(type(e), e, e.__traceback__)
+        return 130 if isinstance(e, KeyboardInterrupt) else 1
+    return 0
+
+
+@contextlib.contextmanager
+def process_state_restored():
+    """A context that undoes what a script changes in its process."""
+    folder, environ, path = os.getcwd(), dict(os.environ), list(sys.path)
+    names = ('argv', 'stdin', 'stdout', 'stderr', '__stdout__', 'excepthook', 'unraisablehook')
+    attributes = {name: getattr(sys, name) for name in names}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    absl_level = logging.getLogger('absl').level
+    jax_settings = dict(jax.config.values)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environ)
+        sys.path[:] = path
+        for name, value in attributes.items():
+            setattr(sys, name, value)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        logging.getLogger('absl').setLevel(absl_level)
+        for name, value in jax.config.values.items():
+            if value != jax_settings[name]:
+                jax.config.update(name, jax_settings[name])
+        reset_cache()
+
+
+# -----------------------------------------------------------------------------
+# what runs leave
+
+def one_line_error(result, *words, alone=False):
+    """Assert that a run ended by a user's mistake: exit code 1, and as the last line on stderr the
+    only one that starts with 'error: ', with these words and without a traceback before it.
+
+    alone: nothing else is on stderr.
+    """
+    assert result.returncode == 1, result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert [line for line in lines if line.startswith('error: ')] == lines[-1:], result.stderr
+    assert 'Traceback' not in result.stderr, result.stderr
+    assert not alone or len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[-1], result.stderr
+
+
+def saved(folder, out_dir, step):
+    """(training state, meta) of a checkpoint, as numpy arrays."""
+    checkpoints = Checkpoints(folder / out_dir, read_only=True)
+    meta = checkpoints.meta(step)
+    tx = utils.create_optimizer(lambda it: 0.0, 0.1, (0.9, 0.95), 1.0)
+    mesh = make_mesh(jax.devices()[:1])
+    abstract = utils.abstract_train_state(GPTConfig(**meta['model_args']), tx, mesh)
+    return jax.tree.map(np.array, checkpoints.state(step, abstract)), meta

@@ -1,0 +1,106 @@
+"""The layout of the repository: what files may import, and how long lines and functions may be."""
+
+import ast
+import glob
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+
+def python_files():
+    """Paths of the repository's Python files, relative to its root."""
+    folders = ('nanogpt_jax', 'tools', 'data', 'config', 'tests')
+    found = glob.glob('*.py', root_dir=ROOT) + [
+        path for folder in folders
+        for path in glob.glob(f'{folder}/**/*.py', root_dir=ROOT, recursive=True)]
+    assert {folder for folder in folders if any(path.startswith(folder) for path in found)} == {
+        *folders}
+    return sorted(found)
+
+
+def parsed(path):
+    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+        return ast.parse(f.read())
+
+
+# -----------------------------------------------------------------------------
+# imports
+
+BASE = ['nanogpt_jax/__init__.py', 'nanogpt_jax/errors.py', 'nanogpt_jax/ops.py']
+LEVELS = ['base', 'leaf', 'jax_transformer.py', 'jax_train_utils.py', 'script', 'tool']
+
+
+def level(path):
+    """The number of a file's level: it may import from lower ones only, tools from tools too."""
+    if path in LEVELS:
+        return LEVELS.index(path)
+    if path in BASE:
+        return LEVELS.index('base')
+    if path == 'configurator.py' or path.startswith('nanogpt_jax/'):
+        return LEVELS.index('leaf')
+    return LEVELS.index('tool' if path.startswith('tools/') else 'script')
+
+
+def import_graph():
+    """{path: paths that it imports, anywhere in the file} of scripts, library and tools."""
+    files = {path for path in python_files() if not path.startswith('test_')
+             and os.path.dirname(path) in ('', 'nanogpt_jax', 'tools')}
+    graph = {}
+    for path in files:
+        names = set()
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f'{path} has a relative import'
+                names |= {node.module, *(f'{node.module}.{alias.name}' for alias in node.names)}
+        paths = {name.replace('.', '/') for name in names}
+        graph[path] = files & {p + end for p in paths for end in ('.py', '/__init__.py')}
+    return graph
+
+
+def test_every_file_imports_from_lower_levels_only():
+    graph = import_graph()
+    assert {level(path) for path in graph} == set(range(len(LEVELS)))
+    assert 'nanogpt_jax/errors.py' in graph['jax_train_utils.py']
+    tool = LEVELS.index('tool')
+    assert not [(path, other) for path, others in graph.items() for other in sorted(others)
+                if level(other) >= level(path) and not level(other) == level(path) == tool]
+
+
+def test_no_imports_form_a_circle():
+    graph, done = import_graph(), set()
+
+    def visit(path, above):
+        assert path not in above, [*above, path]
+        if path not in done:
+            for other in graph[path]:
+                visit(other, [*above, path])
+            done.add(path)
+    for path in graph:
+        visit(path, [])
+
+
+def test_preparing_data_does_not_import_jax():
+    code = 'import sys, common; sys.exit("jax" in sys.modules)'
+    subprocess.run([sys.executable, '-c', code], cwd=os.path.join(ROOT, 'data'), check=True)
+
+
+# -----------------------------------------------------------------------------
+# lengths
+
+@pytest.mark.parametrize('path', python_files())
+def test_no_line_is_longer_than_100_columns(path):
+    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+        lengths = [len(line.rstrip('\n')) for line in f]
+    assert not [(n, length) for n, length in enumerate(lengths, start=1) if length > 100]
+
+
+@pytest.mark.parametrize('path', python_files())
+def test_no_function_is_longer_than_50_lines(path):
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(parsed(path))
+               if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    assert not {name: length for name, length in lengths.items() if length > 50}

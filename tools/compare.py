@@ -1,0 +1,233 @@
+"""
+Time this port against PyTorch nanoGPT on this machine: alternates whole runs from the command line
+and prints tables. nanoGPT's checkout needs the data of the case (data/shakespeare_char), as this
+one does; the cases gpt2 and generate need none.
+$ python -m tools.compare --nanogpt=../nanoGPT --torch_python=../torch-env/bin/python
+$ python -m tools.compare --nanogpt=../nanoGPT --case=gpt2,shakespeare_loss --device=cuda
+$ python -m tools.compare --nanogpt=../nanoGPT --case=generate,sample
+"""
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from nanogpt_jax.errors import UserError, report_user_error
+from tools import print_table
+
+sys.excepthook = report_user_error
+# -----------------------------------------------------------------------------
+nanogpt = '../nanoGPT' # the checkout of nanoGPT
+torch_python = 'python' # a Python that has torch
+case = 'readme_cpu' # or shakespeare_char, shakespeare_loss, gpt2, generate, sample; or a list: a,b
+rounds = 3 # runs of each contender
+max_iters = 0 # iterations of a run, 0 for the case's own number
+torch_compile = 'both' # 'eager', 'compile', or 'both', alternating
+device = 'cpu' # of both projects: 'cpu' or 'cuda'
+micro_batches = '12,24,32,48,64' # gpt2: the micro-batch sizes to try
+loss_seeds = '1337,1338,1339' # of the case shakespeare_loss
+from configurator import configure
+configure(globals()) # overrides from the command line and config files
+# -----------------------------------------------------------------------------
+
+sys.stdout.reconfigure(line_buffering=True)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+contenders = ['JAX', *(f'PyTorch {mode}' for mode in ('eager', 'compile')
+                       if torch_compile in (mode, 'both'))]
+if not os.path.exists(os.path.join(nanogpt, 'train.py')):
+    raise UserError(f'{nanogpt} is no checkout of nanoGPT; give its folder with --nanogpt')
+
+
+def run(contender, script, *args, seed=1337):
+    """(output, seconds) of a whole process: nanoGPT's script, or ours of the same name."""
+    if contender == 'JAX':
+        ours = os.path.join(ROOT, script.replace('.py', '_jax.py'))
+        command, folder = [sys.executable, ours, f'--seed={seed}'], None
+    else:  # nanoGPT's training seed is no flag
+        code = (f"exec(compile(open('{script}').read().replace('1337', '{seed}'), '{script}', "
+                "'exec'))")
+        compiled = contender == 'PyTorch compile'
+        command, folder = [torch_python, '-c', code, f'--compile={compiled}'], nanogpt
+    return process([*command, f'--device={device}', *args], folder)
+
+
+def process(command, folder):
+    """(output, seconds) of a command, run in a folder. Raises UserError if it fails."""
+    t0 = time.time()
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if result.returncode:
+        command = ' '.join(' '.join(command).split())
+        raise UserError(f'{command} failed: {" ".join(result.stderr.split())[-400:]}')
+    return result.stdout, time.time() - t0
+
+
+def report(head, rows):
+    print()
+    print_table(head, rows)
+    print()
+
+
+def joined(numbers, digits):
+    return ', '.join(f'{x:.{digits}f}' for x in numbers)
+
+
+# -----------------------------------------------------------------------------
+# training
+
+README_CPU = ['config/train_shakespeare_char.py', '--eval_iters=20', '--log_interval=1',
+              '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128',
+              '--lr_decay_iters=2000', '--dropout=0.0']
+TIMED = {  # flags, and enough iterations to time them
+    'readme_cpu': (README_CPU, 500),
+    'shakespeare_char': (['config/train_shakespeare_char.py', '--log_interval=1'], 8),
+}
+
+
+def timed(name):
+    """Milliseconds per iteration: the median over runs of each run's median, without evaluations
+    and the first iterations."""
+    flags, iters = TIMED[name]
+    iters = max_iters or iters
+    flags = [*flags, f'--max_iters={iters}', '--eval_interval=1000000', '--eval_iters=1']
+    times, walls = {c: [] for c in contenders}, {c: [] for c in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            with tempfile.TemporaryDirectory() as folder:
+                out, wall = run(contender, 'train.py', *flags, f'--out_dir={folder}/run')
+            ms = [float(t) for t in re.findall(r'^iter \d+: .* time ([\d.]+)ms', out, re.M)]
+            times[contender].append(statistics.median(ms[max(2, iters // 10):]))
+            walls[contender].append(wall)
+            print(f'{name}, {contender}: {times[contender][-1]:.2f} ms per iteration, '
+                  f'{wall:.1f} s for the process')
+    medians = {c: statistics.median(t) for c, t in times.items()}
+    report([name, 'ms per iteration', 'each run', 'against JAX',
+            f'whole process, {iters} iterations'],
+           [(c, f'{medians[c]:.1f}', joined(t, 1), f'{medians[c] / medians["JAX"]:.2f}',
+             f'{statistics.median(walls[c]):.1f} s') for c, t in times.items()])
+
+
+def best_losses(name):
+    """The best validation loss of config/train_shakespeare_char.py unchanged, and the time of the
+    whole process, for each seed."""
+    rows = []
+    for contender in contenders:
+        for seed in loss_seeds.split(','):
+            with tempfile.TemporaryDirectory() as folder:
+                flags = ['config/train_shakespeare_char.py', f'--out_dir={folder}/run']
+                if max_iters:
+                    flags.append(f'--max_iters={max_iters}')
+                out, wall = run(contender, 'train.py', *flags, seed=seed)
+            losses = re.findall(r'^step \d+: .* val loss ([\d.]+)', out, re.M)
+            rows.append((contender, seed, min(map(float, losses)), f'{wall:.0f} s'))
+            print(name, *rows[-1])
+    report([name, 'seed', 'best validation loss', 'whole process'], rows)
+
+
+def gpt2(name):
+    """GPT-2 124M, sequences of 1024 tokens, one micro-batch per iteration: milliseconds for 12,288
+    tokens, at each micro-batch size."""
+    rows = []
+    for size in micro_batches.split(','):
+        for contender in contenders:
+            times = []
+            for _ in range(rounds):
+                try:
+                    out, _ = run(contender, 'bench.py', '--real_data=False', f'--batch_size={size}')
+                except UserError as e:  # most likely out of memory: continue with the others
+                    print(e)
+                    break
+                ms = float(re.findall(r'time per iteration: ([\d.]+)ms', out)[-1])
+                times.append(ms * 12 / int(size))
+                print(f'{name}, {contender}, micro-batch {size}: {times[-1]:.2f} ms per 12,288 '
+                      'tokens')
+            if contender == 'JAX' and times:
+                print('\n'.join(line for line in out.splitlines() if 'loss' not in line))
+            median = f'{statistics.median(times):.2f}' if times else 'failed'
+            rows.append((contender, size, median, joined(times, 2)))
+    report([name, 'micro-batch', 'ms per 12,288 tokens', 'each run'], rows)
+
+
+# -----------------------------------------------------------------------------
+# sampling
+
+GENERATED = {  # shape of the model, number of samples, tokens of each
+    '6 layers, 384 wide': (
+        dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 10, 255),
+    '4 layers, 128 wide': (
+        dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 10, 500),
+    'GPT-2 124M': (
+        dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257), 1, 100),
+}
+TORCH_GENERATE = """
+import contextlib, time, torch
+from model import GPT, GPTConfig
+model = GPT(GPTConfig(dropout=0.0, bias=False, **{shape})).eval().to('{device}')
+idx = torch.zeros((1, 1), dtype=torch.long, device='{device}')
+on_gpu = '{device}' == 'cuda'
+autocast = torch.amp.autocast('cuda', torch.bfloat16) if on_gpu else contextlib.nullcontext()
+with torch.no_grad(), autocast:
+    model.generate(idx, 5, top_k=65)
+    t0 = time.time()
+    for _ in range({n}):
+        model.generate(idx, {tokens}, top_k=65).tolist()
+print('loop:', time.time() - t0, 's,')
+"""
+
+
+def generate(name):
+    """Seconds of generate alone, from one token on: nanoGPT generates one sample after the other,
+    this port all of them at once."""
+    rows = []
+    for model, (shape, n, tokens) in GENERATED.items():
+        ours = [sys.executable, os.path.join(ROOT, 'bench_jax.py'), f'--device={device}',
+                f'--batch_size={n}', f'--max_new_tokens={tokens}',
+                *(f'--{key}={value}' for key, value in shape.items())]
+        theirs = [torch_python, '-c',
+                  TORCH_GENERATE.format(shape=shape, device=device, n=n, tokens=tokens)]
+        times = {'JAX': [], 'PyTorch': []}
+        for _ in range(rounds):
+            for contender, command, folder in (('JAX', ours, None), ('PyTorch', theirs, nanogpt)):
+                out, _ = process(command, folder)
+                times[contender].append(float(re.search(r': ([\d.]+) s,', out)[1]))
+                print(f'{name}, {model}, {contender}: {times[contender][-1]:.3f} s')
+        jax_time, torch_time = (statistics.median(t) for t in times.values())
+        rows.append((model, f'{n} of {tokens}', f'{jax_time:.2f} s', f'{torch_time:.2f} s',
+                     f'{torch_time / jax_time:.1f}', f'{n * tokens / jax_time:,.1f}',
+                     f'{n * tokens / torch_time:,.1f}'))
+    report([name, 'samples', 'JAX', 'PyTorch', 'PyTorch against JAX', 'tokens/s, JAX',
+            'tokens/s, PyTorch'], rows)
+
+
+def sample(name):
+    """Seconds of whole processes of sample.py and sample_jax.py, with imports and compilation: 10
+    samples of 500 tokens."""
+    flags = [*README_CPU, '--max_iters=1', '--eval_interval=1', '--eval_iters=1',
+             '--always_save_checkpoint=True']
+    variants = {'JAX': ('JAX', ['--compilation_cache=False']), 'JAX, compiled before': ('JAX', []),
+                'PyTorch eager': ('PyTorch eager', [])}
+    walls = {variant: [] for variant in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        for contender in ('JAX', 'PyTorch eager'):
+            run(contender, 'train.py', *flags, f'--out_dir={folder}/{contender}')
+        for _ in range(rounds + 1):
+            for variant, (contender, more) in variants.items():
+                _, wall = run(contender, 'sample.py', f'--out_dir={folder}/{contender}', *more)
+                walls[variant].append(wall)
+                print(f'{name}, {variant}: {wall:.1f} s')
+    walls = {variant: wall[1:] for variant, wall in walls.items()}  # the first fills the caches
+    medians = {variant: statistics.median(wall) for variant, wall in walls.items()}
+    report([name, 'whole process', 'each run', 'against JAX'],
+           [(variant, f'{medians[variant]:.1f} s', joined(wall, 1),
+             f'{medians[variant] / medians["JAX"]:.2f}') for variant, wall in walls.items()])
+
+
+cases = {'readme_cpu': timed, 'shakespeare_char': timed, 'shakespeare_loss': best_losses,
+         'gpt2': gpt2, 'generate': generate, 'sample': sample}
+for each in case.split(','):
+    if each not in cases:
+        raise UserError(f'no case {each!r}; there are {", ".join(cases)}')
+for each in case.split(','):
+    cases[each](each)

@@ -1,0 +1,67 @@
+"""Count what a compiled program moves between devices, by reading its HLO text."""
+
+import math
+import re
+
+BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4,
+         's64': 8, 'u64': 8, 'f64': 8}
+COLLECTIVE = re.compile(r'\s+(?:ROOT )?%?[\w.-]+ = (.*?) (all-reduce|all-gather|reduce-scatter|'
+                        r'all-to-all|collective-permute|collective-broadcast)(-start)?\(')
+
+
+def collectives(hlo, n_devices):
+    """[(operation, bytes, devices, count, in_loop)] for each collective operation of a program.
+
+    hlo: the text of a program compiled for n_devices. bytes: size of the full array; devices: size
+    of the group that exchanges it; count: how often it runs (a loop of unknown length counts once).
+    """
+    computations, found = split_computations(hlo), []
+
+    def visit(name, count, in_loop):
+        for line in computations.get(name, ()):
+            if op := COLLECTIVE.match(line):
+                devices = group_size(line, n_devices)
+                found.append((op[2], array_bytes(op, devices), devices, count, in_loop))
+            if loop := re.search(r'\bbody=%?([\w.-]+)', line):
+                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+                visit(loop[1], count * int(trips[1]) if trips else count, True)
+            for called in re.findall(r'\b(?:calls|to_apply)=%?([\w.-]+)', line):
+                visit(called, count, in_loop)
+
+    visit(re.search(r'^ENTRY %?([\w.-]+)', hlo, re.M)[1], 1, False)
+    return found
+
+
+def split_computations(hlo):
+    """{name of a computation: its lines}."""
+    computations, name = {}, None
+    for line in hlo.splitlines():
+        if line and not line[0].isspace() and line.endswith('{'):
+            name = re.match(r'(?:ENTRY )?%?([\w.-]+)', line)[1]
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+    return computations
+
+
+def group_size(line, n_devices):
+    """Number of devices in each group of a collective operation; all of them if it names none."""
+    # three notations: {{0,1},{2,3}}, [groups,size]<=..., and mesh['data'=2,'fsdp'=4] {'fsdp'}
+    if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', line):
+        return len(listed[1].split(','))
+    if counted := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
+        return int(counted[1])
+    if named := re.search(r'replica_groups=mesh\[(.*?)\] *\{(.*?)\}', line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # an axis, or a part of one
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return n_devices
+
+
+def array_bytes(op, devices):
+    """Size of the full array of a collective operation; op: a match of COLLECTIVE."""
+    n_bytes = sum(BYTES[kind] * math.prod(int(n) for n in shape.split(',') if n)
+                  for kind, shape in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', op[1]))
+    if op[3] and op[2] in ('all-gather', 'reduce-scatter'):  # its type has both shard and array
+        return n_bytes * devices // (devices + 1)
+    return n_bytes * devices if op[2] == 'reduce-scatter' else n_bytes

@@ -1,0 +1,287 @@
+"""
+What a model and a run will need, before they start: parameters, FLOPs and activations by part,
+memory, the size of a checkpoint, days of training, and the compute-optimal number of tokens.
+Nothing is computed on a device, so no GPU is needed.
+$ python -m tools.sizing
+$ python -m tools.sizing config/train_shakespeare_char.py
+$ python -m tools.sizing --init_from=gpt2-xl --batch_size=4 --remat=True
+"""
+
+import math
+import os
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_train_utils import abstract_train_state, check_settings, create_optimizer, split_model
+from jax_transformer import GPTConfig
+from nanogpt_jax.devices import attention_path, select_devices
+from nanogpt_jax.errors import UserError, report_user_error
+from nanogpt_jax.ops import causal_attention
+from nanogpt_jax.pretrained import GPT2_SHAPES
+from nanogpt_jax.tokenizer import load_meta
+from tools import print_table
+
+sys.excepthook = report_user_error
+# -----------------------------------------------------------------------------
+# model
+init_from = 'scratch' # the shape below, or that of 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
+dataset = 'openwebtext' # used for its vocabulary size only
+vocab_size = 0 # 0: that of data/<dataset>/meta.pkl, or else GPT-2's 50257 padded to 50304
+block_size = 1024
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0
+bias = False
+# memory
+batch_size = 12 # sequences of a micro-step on one device
+dtype = 'bfloat16' # compute type: 'float32', 'bfloat16' or 'float16'
+attention = 'auto' # 'cudnn', 'xla', or 'auto': as train_jax.py chooses on an NVIDIA GPU
+remat = False # recompute each block in the backward pass, to save memory
+# the run
+gradient_accumulation_steps = 5 * 8 # times batch_size: the global batch, of any number of devices
+max_iters = 600000
+n_devices = 8
+peak = 312e12 # FLOP/s of a device; an A100's in bfloat16
+utilization = 0.3 # fraction of the peak that training reaches: mfu in the log
+compute = 0.0 # FLOP to find the best model for; 0.0: those of the run
+from configurator import configure
+config, given = configure(globals()) # overrides from the command line and config files
+# -----------------------------------------------------------------------------
+
+sys.stdout.reconfigure(line_buffering=True)
+check_settings(config)
+for name in ('max_iters', 'n_devices', 'peak', 'utilization'):
+    if not 0 < config[name] < math.inf:
+        raise UserError(f'{name} is {config[name]}; it must be more than 0')
+if utilization > 1:
+    raise UserError(f'utilization is {utilization}; it must be a fraction of the peak, at most 1')
+if not 0 <= compute < math.inf:
+    raise UserError(f'compute is {compute}; it must be a number of FLOP, or 0.0 for the run\'s')
+if init_from != 'scratch' and init_from not in GPT2_SHAPES:
+    raise UserError(f'init_from is {init_from!r}; it must be scratch or one of '
+                    f'{", ".join(GPT2_SHAPES)}. For other weights give their shape, by n_layer, '
+                    'n_head, n_embd, block_size, vocab_size and bias')
+if init_from in GPT2_SHAPES and block_size > 1024:
+    raise UserError(f'block_size is {block_size}; {init_from} has 1024: give that or less')
+select_devices('cpu')
+
+# the model, without weights
+if init_from in GPT2_SHAPES:
+    (n_layer, n_head, n_embd), vocab_size, bias = GPT2_SHAPES[init_from], 50257, True
+    vocab_source = init_from
+elif vocab_size:
+    vocab_source = 'as given'
+else:
+    meta = os.path.join('data', dataset, 'meta.pkl')
+    vocab_size = load_meta(os.path.dirname(meta))[0]
+    vocab_source = f'of {meta}' if vocab_size else f"GPT-2's padded, since there is no {meta}"
+    vocab_size = vocab_size or GPTConfig.vocab_size
+GPTConfig(n_embd=n_embd, n_head=n_head, dtype=dtype)  # checks these before attention_path uses them
+gpu = SimpleNamespace(device_kind='an NVIDIA GPU', compute_capability='9.0')
+attention = attention_path(attention, dtype, n_embd // n_head, gpu)
+if dropout:
+    attention = 'xla'  # as in training: JAX has cuDNN's kernel without dropout only
+gptconf = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, dtype,
+                    attention, remat)
+model = split_model(gptconf)[0]
+n_params = model.get_num_params()  # without wpe
+flops_per_token = model.estimate_mfu(1, 1.0, peak_flops=1.0) / block_size
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+tokens = max_iters * tokens_per_iter
+T, C = block_size, n_embd
+
+
+# -----------------------------------------------------------------------------
+# by part: dicts by the name of a part, which is that of all blocks together
+
+PARTS = ('wte', 'wpe', 'dropout', 'h.ln_1', 'h.attn.c_attn', 'h.attn.scores', 'h.attn.values',
+         'h.attn.c_proj', 'h.ln_2', 'h.mlp.c_fc', 'h.mlp.gelu', 'h.mlp.c_proj', 'h.dropout',
+         'ln_f', 'head', 'loss')
+
+
+def scores_computed():
+    """Number of attention scores that causal_attention computes and saves: all heads of one block,
+    for one sequence."""
+    q, sizes = jax.ShapeDtypeStruct((1, T, n_head, 1), jnp.float32), []
+    jax.eval_shape(lambda q: causal_attention(q, q, q, lambda a: sizes.append(a.size) or a), q)
+    return sum(sizes)
+
+
+def count_parameters():
+    """(parameters, those of them that are in matmuls)."""
+    params, kernels = Counter(), Counter()
+    for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        part = '.'.join(name for name in path[1:-1] if isinstance(name, str))
+        params[part] += p.size
+        if path[-1] == 'kernel':
+            kernels[part] += p.size
+    return params, kernels
+
+
+def count_flops(kernels):
+    """FLOPs of the matmuls in the forward pass of one sequence; all scores, masked ones too."""
+    flops = {part: 2 * T * n for part, n in kernels.items()}
+    flops['h.attn.scores'] = flops['h.attn.values'] = n_layer * 2 * T * T * C
+    flops['head'] = 2 * T * vocab_size * C
+    return flops
+
+
+def count_saved():
+    """(bytes saved of one sequence for the backward pass, the most that are saved at a time).
+
+    Each part saves its input, and GELU its derivative instead.
+    """
+    c = jnp.dtype(dtype).itemsize
+    block = {'h.ln_1': 4 * T * C, 'h.attn.c_attn': c * T * C, 'h.attn.scores': c * 3 * T * C,
+             'h.attn.c_proj': c * T * C, 'h.ln_2': 4 * T * C, 'h.mlp.c_fc': c * T * C,
+             'h.mlp.gelu': c * 4 * T * C, 'h.mlp.c_proj': c * 4 * T * C}
+    rest = {'ln_f': 4 * T * C, 'head': c * T * C, 'loss': c * T * vocab_size}
+    if attention == 'xla':  # the softmax's output in float32, and a copy in a 16-bit compute type
+        block['h.attn.values'] = (4 if c == 4 else 4 + c) * scores_computed()
+    if dropout:  # masks, one byte per element
+        block['h.dropout'], rest['dropout'] = scores_computed() + 2 * T * C, T * C
+    if not remat:
+        saved = {part: n_layer * n for part, n in block.items()} | rest
+        return saved, sum(saved.values())
+    # the input of every block, and either all else of one block or what follows the blocks
+    recomputed = sum(block.values()) - block['h.ln_1']
+    block['h.ln_1'] *= n_layer
+    return block | rest, block['h.ln_1'] + max(recomputed, sum(rest.values()))
+
+
+def print_parts():
+    """Print the table by part; returns (FLOP of the forward pass, bytes saved) of one sequence."""
+    params, kernels = count_parameters()
+    forward = count_flops(kernels)
+    saved, activations = count_saved()
+    total_params, total_forward = sum(params.values()), sum(forward.values())
+
+    def comma(n):
+        return f'{n:,}' if n else ''
+
+    def share(n, total):
+        return f'{n / total:.2%}' if n else ''
+    rows = [(part, comma(params[part]), share(params[part], total_params),
+             comma(forward.get(part)), comma(2 * forward.get(part, 0)),
+             share(forward.get(part), total_forward), comma(saved.get(part)))
+            for part in PARTS if part in {*params, *forward, *saved}]
+    rows.append(('total', comma(total_params), '', comma(total_forward), comma(2 * total_forward),
+                 '', comma(activations)))
+    print_table(('', 'parameters', 'share', 'FLOP forward', 'FLOP backward', 'share',
+                 'bytes saved'), rows, markdown=False)
+    print(f'h: all {n_layer} blocks. FLOP and bytes are for one sequence of {T} tokens; '
+          'FLOP are those of the matmuls, with all scores')
+    if attention == 'xla':
+        print(f'causal attention computes {scores_computed() / (n_head * T * T):.1%} of the scores '
+              'and values')
+    if remat:
+        # a block's last matmul is not repeated: the backward pass does not need its result
+        again = total_forward - forward['head'] - forward['h.mlp.c_proj']
+        print("with remat every block saves ln_1's input; the other bytes of h are those of the "
+              'one block that is recomputed,\n'
+              'which are not needed while those after the blocks are\n'
+              f'the backward pass computes {again:,} FLOP of the blocks again')
+    print()
+    return total_forward, activations
+
+
+# -----------------------------------------------------------------------------
+# memory and time
+
+def print_memory(activations):
+    """Print the memory of a device; activations: bytes saved of one sequence."""
+    def n_bytes(tree):
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    tx = create_optimizer(lambda it: 1e-4, weight_decay=1e-1, betas=(0.9, 0.95), grad_clip=1.0)
+    state = abstract_train_state(gptconf, tx)
+    weights = gradients = n_bytes(state['params'])
+    moments, activations = n_bytes(state['opt_state']), batch_size * activations
+    # within a micro-step gradients replace activations; the sum over micro-steps is always there
+    temporary = (gradients + activations if gradient_accumulation_steps > 1
+                 else max(gradients, activations))
+    memory = {'weights, float32': weights, "AdamW's two moments": moments,
+              'gradients, float32': gradients,
+              f'activations of {batch_size} sequences': activations,
+              'together': weights + moments + temporary, 'a checkpoint': n_bytes(state)}
+    print_table((f'memory of a device, about ({dtype}, {attention} attention)', 'bytes', 'GiB'),
+                [(name, f'{n:,}', f'{n / 2**30:.2f}') for name, n in memory.items()],
+                markdown=False)
+    print()
+
+
+def print_days():
+    def cells(flops):
+        return f'{flops:.3e}', f'{flops / (n_devices * peak * utilization) / 86400:.3g}'
+    print_table((f'{max_iters:,} iterations of {tokens_per_iter:,} tokens: {short(tokens)}',
+                 'FLOP', 'days'),
+                [('by 6N + 12LHQT', *cells(flops_per_token * tokens)),
+                 ('by 6N', *cells(6 * n_params * tokens))], markdown=False)
+    print(f'with {n_devices} devices of {peak / 1e12:g} TFLOP/s and an mfu of {utilization:.0%}\n')
+
+
+def short(x):
+    """Four digits of a large number, as in 2.472B."""
+    for unit, name in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M')):
+        if x >= unit:
+            return f'{x / unit:#.4g}{name}'
+    return f'{x:#.4g}'
+
+
+# -----------------------------------------------------------------------------
+# compute-optimal training: how many tokens D for a model of N parameters, as a power law D = k N^m
+
+def approach_3(A, B, alpha, beta):
+    """(k, m) from the loss after training, E + A / N^alpha + B / D^beta.
+
+    Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556, equation 2. For 6ND = C it is smallest
+    where alpha A / N^alpha = beta B / D^beta, which is their equation 4 in another form.
+    """
+    return (beta * B / (alpha * A)) ** (1 / beta), alpha / beta
+
+
+# N and D of their approach 2, from table A3
+N2 = [400e6, 1e9, 10e9, 67e9, 175e9, 280e9, 520e9, 1e12, 10e12]
+D2 = [7.7e9, 20.0e9, 219.5e9, 1.7e12, 4.3e12, 7.1e12, 13.4e12, 26.5e12, 292.0e12]
+slope, intercept = np.polyfit(np.log(N2), np.log(D2), 1)
+LAWS = {  # k, m
+    '20 tokens per parameter': (20.0, 1.0),
+    'approach 2, a line through table A3': (math.exp(intercept), slope),
+    # as printed, and as nanoGPT has it
+    'approach 3, equation 10': approach_3(406.4, 410.7, 0.34, 0.28),
+    # from the paper's source, by Besiroglu et al.
+    'approach 3, less rounded': approach_3(406.4, 410.7, 0.3392, 0.2849),
+    # https://arxiv.org/abs/2404.10102
+    'refit by Besiroglu et al. 2024': approach_3(482.01, 2085.43, 0.3478, 0.3658),
+}
+
+
+def print_laws():
+    budget = compute or 6 * n_params * tokens
+    rows = []
+    for name, (k, m) in LAWS.items():
+        D = k * n_params ** m
+        best = (budget / (6 * k)) ** (1 / (1 + m))
+        rows.append((name, short(D), f'{D / n_params:.1f}', f'{6 * n_params * D:.3e}',
+                     f'{D / tokens_per_iter:,.0f}', short(best), short(k * best ** m)))
+    print_table(('compute-optimal, by Hoffmann et al. 2022', 'D', 'D / N', '6ND', 'iterations',
+                 'best N', 'and D'), rows, markdown=False)
+    print(f'D: tokens for this N, {short(n_params)}; best N and D: for {budget:.3e} FLOP')
+
+
+print(f'{n_layer} layers, {n_head} heads, {n_embd} wide, {block_size} tokens, bias {bias}, '
+      f'vocabulary {vocab_size} ({vocab_source})\n')
+total_forward, activations = print_parts()
+print_table(('parameters without wpe, N', f'{n_params:,}'), [
+    ('FLOP per token, forward and backward', f'{3 * total_forward / T:,.0f}'),
+    ('6N + 12LHQT, which mfu is counted by', f'{flops_per_token:,.0f}')], markdown=False)
+print()
+print_memory(activations)
+print_days()
+print_laws()
