@@ -10,6 +10,7 @@ import pytest
 worker = os.environ.get('PYTEST_XDIST_WORKER', '').removeprefix('gw')
 if worker and hasattr(os, 'sched_setaffinity'):
     cores = sorted(os.sched_getaffinity(0))
+    os.environ['TESTS_CORES'] = ','.join(map(str, cores))
     os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -26,7 +26,7 @@ from nanogpt_jax.sharding import make_mesh
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # a model that trains in milliseconds; every run of these tests starts from these flags
-TINY = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32',
+TINY = ['--dataset=tiny', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32',
         '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2',
         '--eval_interval=4', '--warmup_iters=2', '--lr_decay_iters=20', '--learning_rate=1e-2',
         '--min_lr=1e-3']
@@ -36,8 +36,12 @@ TINY = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd
 if 'TESTS_COMPILED' not in os.environ:
     COMPILED = tempfile.TemporaryDirectory()  # lives as long as this process
     os.environ['TESTS_COMPILED'] = COMPILED.name
-CACHE = {'JAX_COMPILATION_CACHE_DIR': os.environ['TESTS_COMPILED'],
-         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+# runs compile without most of XLA's optimizations, in half the time, unless OPTIMIZED is given:
+# what they claim does not depend on them, except where numbers of different programs are compared
+ENV = {'JAX_COMPILATION_CACHE_DIR': os.environ['TESTS_COMPILED'],
+       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+       'JAX_DISABLE_MOST_OPTIMIZATIONS': 'True'}
+OPTIMIZED = {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'False'}
 
 TRAIN = [sys.executable, os.path.join(ROOT, 'train_jax.py')]
 ITER = re.compile(
@@ -70,7 +74,7 @@ def run(folder, script, *args, stdin=None, **env):
         command[1:] = ['-m', script]
         env['PYTHONPATH'] = os.pathsep.join([ROOT, env.get('PYTHONPATH', '')]).strip(os.pathsep)
     return subprocess.run([*command, *map(str, args)], cwd=folder, capture_output=True,
-                          input=stdin, text=True, env=os.environ | CACHE | env, timeout=300)
+                          input=stdin, text=True, env=os.environ | ENV | env, timeout=300)
 
 
 def is_module(script):
@@ -85,22 +89,38 @@ def train(folder, *args, **env):
     return result.stdout
 
 
-def start_processes(folder, n, *args, devices=1, command=TRAIN):
+def start_processes(folder, n, *args, devices=1, command=TRAIN, **env):
     """Start the n processes of one training run, with `devices` devices each."""
     with socket.socket() as s:
         s.bind(('localhost', 0))
         address = f'localhost:{s.getsockname()[1]}'
-    env = os.environ | CACHE | {
+    env = os.environ | ENV | env | {
         'PYTHONPATH': ROOT, 'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(n),
         'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
-    return [subprocess.Popen([*command, *args], cwd=folder, env=env | {'JAX_PROCESS_ID': str(i)},
-                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for i in range(n)]
+    with all_cores():
+        return [subprocess.Popen([*command, *args], cwd=folder, text=True, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, env=env | {'JAX_PROCESS_ID': str(i)})
+                for i in range(n)]
 
 
-def run_processes(folder, n, *args, devices=1):
+@contextlib.contextmanager
+def all_cores():
+    """Start processes without conftest.py's restriction to one core: they wait for each other, and
+    those that wait would keep the others from it."""
+    if 'TESTS_CORES' not in os.environ:
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, map(int, os.environ['TESTS_CORES'].split(',')))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
+
+
+def run_processes(folder, n, *args, devices=1, **env):
     """stdout of the first of n processes of a training run that must succeed."""
-    started = start_processes(folder, n, *args, devices=devices)
+    started = start_processes(folder, n, *args, devices=devices, **env)
     outputs = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0] * n, outputs
     return outputs[0][0]
@@ -118,13 +138,14 @@ def run_inside(folder, script, *args, stdin=None, **env):
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
     with process_state_restored():
         os.chdir(folder)
-        os.environ.update(CACHE | env)
+        os.environ.update(ENV | env)
         sys.argv = [str(script), *map(str, args)]
         sys.stdin = io.TextIOWrapper(io.BytesIO((stdin or '').encode()), encoding='utf-8')
         sys.stdout = sys.__stdout__ = out  # configurator.py prints --help to __stdout__
         sys.stderr = err
-        jax.config.update('jax_compilation_cache_dir', CACHE['JAX_COMPILATION_CACHE_DIR'])
+        jax.config.update('jax_compilation_cache_dir', ENV['JAX_COMPILATION_CACHE_DIR'])
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+        jax.config.update('jax_disable_most_optimizations', True)
         reset_cache()
         code = run_main(script)
         out.flush()

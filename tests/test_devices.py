@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 from helpers import (
-    ITER, ROOT, STEP, TINY, one_line_error, run, run_inside, run_processes, saved, start_processes,
-    train, with_data,
+    ITER, OPTIMIZED, ROOT, STEP, TINY, one_line_error, run, run_inside, run_processes, saved,
+    start_processes, train, with_data,
 )
 
 EIGHT = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
@@ -26,7 +26,7 @@ STEPS = ['--max_iters=12', '--eval_interval=6', '--eval_iters=3']
 def one(tmp_path_factory):
     """(folder, output) of a run on one device."""
     folder = with_data(tmp_path_factory.mktemp('one'))
-    return folder, train(folder, *STEPS, '--out_dir=one')
+    return folder, train(folder, *STEPS, '--out_dir=one', **OPTIMIZED)
 
 
 def assert_same_losses(got, want, tolerance):
@@ -62,9 +62,9 @@ def test_losses_and_weights_do_not_depend_on_devices_and_processes(one, processe
     out_dir = f'{processes}x{devices}-{fsdp}'
     flags = [*STEPS, f'--fsdp={fsdp}', f'--out_dir={out_dir}']
     if processes == 1:
-        out = train(folder, *flags, **EIGHT)
+        out = train(folder, *flags, **EIGHT, **OPTIMIZED)
     else:
-        out = run_processes(folder, processes, *TINY, *flags, devices=devices)
+        out = run_processes(folder, processes, *TINY, *flags, devices=devices, **OPTIMIZED)
     assert f'devices: {processes * devices} (cpu), processes: {processes}' in out
     assert f'mesh: data {processes * devices // fsdp} x fsdp {fsdp}, ' in out
     # float32 sums in another order may change the last of the printed digits
@@ -77,7 +77,7 @@ def test_losses_and_weights_do_not_depend_on_devices_and_processes(one, processe
 
 
 def test_with_dropout_8_devices_reach_a_similar_loss_as_one(folder):
-    flags = ['--max_iters=60', '--eval_interval=60', '--dropout=0.1']
+    flags = ['--max_iters=30', '--eval_interval=30', '--dropout=0.1']
     alone = train(folder, *flags, '--out_dir=a')
     several = train(folder, *flags, '--out_dir=b', '--fsdp=2', **EIGHT)
     (first, last), (_, other) = ([float(val) for *_, val in STEP.findall(out)]
@@ -170,12 +170,12 @@ def test_a_step_reduces_gradients_once_and_gathers_shards_only_along_fsdp(data, 
 
 def test_checkpoints_move_between_devices_shardings_and_processes(one):
     folder, want = one
-    outs = [train(folder, *STEPS, '--max_iters=2', '--out_dir=moved'),  # one device
-            resume(folder, 5, **EIGHT),  # 1 to 8
-            resume(folder, 8, '--fsdp=8', **EIGHT),  # data to fsdp
+    outs = [train(folder, *STEPS, '--max_iters=2', '--out_dir=moved', **OPTIMIZED),  # one device
+            resume(folder, 5, **EIGHT, **OPTIMIZED),  # 1 to 8
+            resume(folder, 8, '--fsdp=8', **EIGHT, **OPTIMIZED),  # data to fsdp
             run_processes(folder, 2, *RESUME, '--out_dir=moved', '--max_iters=10', '--fsdp=2',
-                          devices=2),
-            resume(folder, 12)]  # 2 processes to 1
+                          devices=2, **OPTIMIZED),
+            resume(folder, 12, **OPTIMIZED)]  # 2 processes to 1
     for out, mesh in zip(outs[1:], ('data 8 x fsdp 1', 'data 1 x fsdp 8', 'data 2 x fsdp 2')):
         assert f'mesh: {mesh}' in out
     got = [line for out in outs for line in ITER.findall(out)]

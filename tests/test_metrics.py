@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import CACHE, ITER, STEP, TINY, TRAIN, train
+from helpers import ENV, ITER, STEP, TINY, TRAIN, train
 
 from nanogpt_jax import metrics
 from nanogpt_jax.metrics import MetricsFile, progress, read_metrics
@@ -84,7 +84,7 @@ def test_the_time_left_is_printed_on_a_terminal_only(folder):
     assert 'left' not in train(folder, '--max_iters=8')
     ours, theirs = pty.openpty()
     process = subprocess.Popen([*TRAIN, *TINY, '--max_iters=8', '--out_dir=other'], cwd=folder,
-                               stdout=theirs, stderr=subprocess.DEVNULL, env=os.environ | CACHE)
+                               stdout=theirs, stderr=subprocess.DEVNULL, env=os.environ | ENV)
     os.close(theirs)
     out = b''
     try:

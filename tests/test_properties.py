@@ -105,7 +105,7 @@ def test_the_token_check_reads_in_bounded_memory(tmp_path, monkeypatch):
     assert sum(sizes) == len(ids) and max(sizes) <= 2 ** 24
 
 
-@given(st.lists(st.characters(), min_size=1, unique=True), st.data())
+@given(st.lists(st.characters(codec='utf-8'), min_size=1, unique=True), st.data())
 def test_characters_round_trip(chars, data):
     text = data.draw(st.text(alphabet=chars))
     encode, decode = get_tokenizer(chars)

@@ -9,7 +9,7 @@ import sys
 
 import jax
 import pytest
-from helpers import CACHE, ROOT, TINY, one_line_error, run, run_inside, train, with_data
+from helpers import ENV, ROOT, TINY, one_line_error, run, run_inside, train, with_data
 
 SCRIPTS = ['train_jax.py', 'sample_jax.py', 'bench_jax.py', 'convert_jax.py']
 TOOLS = ['tools.plan', 'tools.plot', 'tools.sizing', 'tools.compare']
@@ -133,7 +133,7 @@ def test_a_closed_pipe_ends_sampling_without_a_traceback(trained):
     command = (f'{sys.executable} {ROOT}/sample_jax.py --device=cpu --max_new_tokens=200 '
                '--stream=True | head -c 1')
     result = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True,
-                            env=os.environ | CACHE)
+                            env=os.environ | ENV)
     assert result.stdout == '\n', result.stderr
     assert 'Traceback' not in result.stderr and 'BrokenPipe' not in result.stderr, result.stderr
 

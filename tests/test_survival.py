@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 from helpers import (
-    CACHE, ITER, ROOT, TINY, TRAIN, one_line_error, run, saved, start_processes, train, with_data,
+    ENV, ITER, OPTIMIZED, ROOT, TINY, TRAIN, one_line_error, run, saved, start_processes, train,
+    with_data,
 )
 
 from nanogpt_jax.checkpoint import CHECKSUMS, Checkpoints, find_damage, steps_on_disk
@@ -27,19 +28,19 @@ def start(folder, *args, command=TRAIN):
     """A running process of train_jax.py that has made its first step."""
     process = subprocess.Popen([*command, *args], cwd=folder, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE,
-                               env=os.environ | CACHE | {'PYTHONPATH': ROOT})
+                               env=os.environ | ENV | {'PYTHONPATH': ROOT})
     for line in process.stdout:
         if line.startswith('iter '):
             return process
     raise AssertionError(process.stderr.read())
 
 
-def run_patched(folder, patch, *args):
+def run_patched(folder, patch, *args, **env):
     """The finished process of train_jax.py with these flags, after the Python code `patch`."""
     code = (f'{patch}\nimport runpy, sys\nsys.argv[0] = "train_jax.py"\n'
             f'runpy.run_path({os.path.join(ROOT, "train_jax.py")!r}, run_name="__main__")')
     return subprocess.run([sys.executable, '-c', code, *args], cwd=folder, capture_output=True,
-                          text=True, env=os.environ | CACHE | {'PYTHONPATH': ROOT})
+                          text=True, env=os.environ | ENV | {'PYTHONPATH': ROOT} | env)
 
 
 # -----------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def test_a_run_is_saved_when_ctrl_c_also_ends_the_reader_of_its_log(folder):
     script = ' '.join(TRAIN + TINY) + ' --max_iters=100000 | tee train.log'
     process = subprocess.Popen(['bash', '-c', script], cwd=folder, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | CACHE)
+                               env=os.environ | ENV)
     line = ''
     while not line.startswith('iter '):
         line = process.stdout.readline()
@@ -293,7 +294,7 @@ def test_a_non_finite_loss_stops_the_run_and_saves_nothing(folder):
 def test_host_memory_does_not_grow(folder):
     if not os.path.exists('/proc/self/statm'):
         pytest.skip('resident memory is read from /proc')
-    steps = int(os.environ.get('MEMORY_STEPS', 4000))
+    steps = int(os.environ.get('MEMORY_STEPS', 2000))
     result = run_patched(folder, '''
 import atexit
 import jax_train_utils as utils
@@ -304,13 +305,14 @@ def counted(*args):
     return get_train_batch(*args)
 utils.get_train_batch = counted
 def report():
-    print("grown by", [sizes[i + 500] - sizes[i] for i in range(500, len(sizes) - 500, 500)])
+    print("grown by", [sizes[i + 200] - sizes[i] for i in range(200, len(sizes) - 200, 200)])
 atexit.register(report)
-''', *TINY, f'--max_iters={steps}', '--eval_interval=500', '--log_interval=100', '--batch_size=64')
+''', *TINY, f'--max_iters={steps}', '--eval_interval=200', '--log_interval=100', '--batch_size=64',
+        **OPTIMIZED)
     assert result.returncode == 0, result.stderr
     grown = [int(n) for n in re.search(r'grown by \[(.*)\]', result.stdout)[1].split(',')]
     each = ', '.join(f'{n / 1e6:.1f} MB' for n in grown)
-    print(f'memory grown in each 500 iterations: {each}')
-    # the first saves keep up to 12 MB each; a leak of one 16 kB batch per step would be 8 MB
-    # in every 500 steps
-    assert len(grown) >= 7 and sorted(grown)[len(grown) // 2] < 4e6
+    print(f'memory grown in each 200 iterations: {each}')
+    # the first saves keep up to 12 MB each; a leak of one 16 kB batch per step would be 3.2 MB
+    # in every 200 steps
+    assert len(grown) >= 8 and sorted(grown)[len(grown) // 2] < 1.6e6
