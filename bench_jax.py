@@ -25,7 +25,7 @@ from nanogpt_jax.sampling import sampling_weights
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 # -----------------------------------------------------------------------------
 batch_size = 12 # the most sequences that the device processes at a time
-gradient_accumulation_steps = 1 # times batch_size is the global batch size, in sequences
+gradient_accumulation_steps = 1 # the global batch is this * batch_size sequences
 block_size = 1024
 bias = False
 n_layer = 12
@@ -38,14 +38,14 @@ dataset = 'openwebtext'
 seed = 1337
 device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1', 'tpu'; of several devices one is timed
 dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16' or 'float16'; a CPU computes in float32
-attention = 'auto' # 'cudnn' (fused, NVIDIA GPUs), 'xla' (any device), or the faster that works here
+attention = 'auto' # 'cudnn' (fused, NVIDIA GPUs), 'xla' (any device), or 'auto': the faster one
 remat = False # recompute each block in the backward pass: less memory, a third more FLOPs
 compilation_cache = False # True: use cached programs of earlier runs, as train_jax.py does
 compile = True # no effect: XLA always compiles
 max_new_tokens = 0 # time sampling instead: N tokens after a prompt of one, batch_size samples
 profile = False # write a trace of 5 steps to ./bench_log, for TensorBoard or ui.perfetto.dev
 from configurator import configure
-config, given = configure(globals()) # overrides from the command line and config files
+config, given = configure(globals()) # all settings, and the names of those that were given
 # -----------------------------------------------------------------------------
 
 if 'compile' in given:

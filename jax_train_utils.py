@@ -1,6 +1,7 @@
 """
 The parts of a training run: learning rate and optimizer, batches, the training state, the jitted
-steps, and what a resumed run takes from its checkpoint. Pure functions with explicit arguments.
+steps, and what a resumed run takes from its checkpoint. Functions with explicit arguments; none
+reads a global setting.
 """
 
 import json
@@ -16,7 +17,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_transformer import GPT
-from nanogpt_jax.checkpoint import Checkpoints as Checkpoints  # train_jax.py needs this file alone
+# handed on, so that a script gets optimizer, schedule, batches and checkpoints from one file
+from nanogpt_jax.checkpoint import Checkpoints as Checkpoints
+from nanogpt_jax.checkpoint import steps_on_disk as steps_on_disk
 from nanogpt_jax.devices import on_host
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.sharding import (
@@ -39,7 +42,8 @@ def create_learning_rate_schedule(learning_rate, warmup_iters, lr_decay_iters, m
         xp = jnp if isinstance(it, jax.Array) else np
         warmup = learning_rate * (it + 1) / (warmup_iters + 1)
         ratio = xp.clip((it - warmup_iters) / max(1, lr_decay_iters - warmup_iters), 0, 1)
-        decayed = min_lr + 0.5 * (1 + xp.cos(math.pi * ratio)) * (learning_rate - min_lr)
+        coeff = 0.5 * (1 + xp.cos(math.pi * ratio))  # from 1 to 0
+        decayed = min_lr + coeff * (learning_rate - min_lr)
         decayed = xp.where(it > lr_decay_iters, min_lr, decayed)
         return xp.where(it < warmup_iters, warmup, decayed)
     return schedule
@@ -93,8 +97,8 @@ def count_tokens(data_dir, split, block_size):
                         + (hint if data_dir.endswith('openwebtext') else ''))
     size = os.path.getsize(path)
     if size % 2 or size // 2 < block_size + 1:
-        raise UserError(f'{path} has {size} bytes; it must have at least block_size + 1 = '
-                        f'{block_size + 1} token ids of two bytes each')
+        raise UserError(f'{path} has {size} bytes; it must have token ids of two bytes each, at '
+                        f'least block_size + 1 = {block_size + 1}')
     return size // 2
 
 
@@ -136,7 +140,7 @@ def check_tokens(data_dir, vocab_size, splits=('train', 'val')):
 
 
 def read_sequences(data_dir, split, offsets, block_size):
-    """The block_size + 1 tokens from each of the offsets (n,) on: int32 (n, block_size + 1)."""
+    """The block_size + 1 tokens that start at each offset (n,): int32 (n, block_size + 1)."""
     # read() instead of a memory map: a new map per batch costs more in page faults than reading,
     # and a map that stays open counts all pages it ever read as this process's memory
     with open(os.path.join(data_dir, f'{split}.bin'), 'rb', buffering=0) as f:
@@ -155,11 +159,10 @@ def load_batch(mesh, data_dir, split, offsets, block_size):
     the sequences of its own devices only.
     """
     tokens = np.zeros((*offsets.shape, block_size + 1), np.int32)
-    sharding = batch_sharding(mesh, tokens.ndim)
-    for index in sharding.addressable_devices_indices_map(tokens.shape).values():
-        index = index[:-1]
+    sharding = batch_sharding(mesh, tokens.ndim)  # splits B, so it fits offsets too
+    for index in sharding.addressable_devices_indices_map(offsets.shape).values():
         own = read_sequences(data_dir, split, offsets[index].clip(0).ravel(), block_size)
-        tokens[index] = own.reshape(tokens[index].shape)
+        tokens[index] = own.reshape(*offsets[index].shape, -1)
     x, y = tokens[..., :-1], np.where(offsets[..., None] < 0, -1, tokens[..., 1:])
     return shard_batch(mesh, x, y)
 
@@ -245,7 +248,7 @@ def update_loss_scale(loss_scale, finite):
 
 
 def skip_on_overflow(finite, new, old):
-    """The old optimizer state after an overflow, except for the learning rate's step count."""
+    """Keep the old optimizer state after an overflow; only the schedule's step count advances."""
     def choose(new, old):
         if isinstance(new, optax.ScaleByScheduleState):
             return new
@@ -259,8 +262,9 @@ def skip_on_overflow(finite, new, old):
 
 def gathered_model(graphdef, params, specs):
     """The full model, from one device's shards of its parameters."""
-    dtype = nnx.merge(graphdef, params).config.dtype
-    return nnx.merge(graphdef, gather_params(params, specs, dtype))
+    model = nnx.merge(graphdef, params)
+    nnx.update(model, gather_params(params, specs, model.config.dtype))
+    return model
 
 
 def make_grad_fn(graphdef, mesh):
@@ -268,28 +272,28 @@ def make_grad_fn(graphdef, mesh):
 
     x, y: int (grad_accum_steps, B, T). grads are float32 and `scale` times the gradient.
     """
-    def loss_fn(params, specs, x, y, key, scale):
-        model = gathered_model(graphdef, params, specs)
-        _, loss = model(x, y, rngs=nnx.Rngs(dropout=key))
-        return loss * scale, loss
-
     def accumulate(params, x, y, key, scale, specs):
         """What each device computes, from its sequences and its shards of params."""
         grad_accum_steps = x.shape[0]
         key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
 
+        def loss_fn(params, x, y, key):
+            model = gathered_model(graphdef, params, specs)
+            _, loss = model(x, y, rngs=nnx.Rngs(dropout=key))
+            return loss * scale, loss
+
         def micro_step(sums, batch):
             i, x, y = batch
-            key_i = jax.random.fold_in(key, i)
-            grads, loss = jax.grad(loss_fn, has_aux=True)(params, specs, x, y, key_i, scale)
+            grad_fn = jax.grad(loss_fn, has_aux=True)
+            grads, loss = grad_fn(params, x, y, jax.random.fold_in(key, i))
             return jax.tree.map(jnp.add, sums, (grads, loss)), None
 
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
         sums, _ = jax.lax.scan(micro_step, zeros, (jnp.arange(grad_accum_steps), x, y))
 
         def mean(total, spec):
-            # one all-reduce, after the accumulation; all_gather_param's gradient has summed over
-            # fsdp already
+            # one all-reduce per step, over data and, for replicated arrays, over fsdp;
+            # all_gather_param's gradient has summed sharded ones over fsdp already
             axes = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in spec)
             return jax.lax.psum(total, axes) / (grad_accum_steps * mesh.size)
         return jax.tree.map(mean, sums, (specs, PartitionSpec()))
@@ -379,8 +383,9 @@ def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, blo
         n_offsets = count_tokens(data_dir, split, block_size) - block_size
         offsets = np.concatenate([batch_offsets(batch_size, n_offsets, 0, k, EVAL)
                                   for k in range(eval_iters)])
-        # padded to batches of B sequences, in up to 20 equal parts, each one program and one read
-        B = min(mesh.size * micro_batch_size, len(offsets) + -len(offsets) % mesh.size)
+        # padded to batches of B sequences, evaluated in up to 20 equal parts, so that eval_step
+        # compiles once
+        B = min(mesh.size * micro_batch_size, math.ceil(len(offsets) / mesh.size) * mesh.size)
         offsets = np.pad(offsets, (0, -len(offsets) % B), constant_values=-1).reshape(-1, B)
         n_parts = max(n for n in range(1, 21) if len(offsets) % n == 0)
         results = [eval_step(params, *load_batch(mesh, data_dir, split, part, block_size))
@@ -404,7 +409,7 @@ def check_settings(config):
         fsdp=1)
     for name, least in at_least.items():
         if name in config and not least <= config[name] < math.inf:
-            raise UserError(f'{name} is {config[name]}; it must be at least {least}')
+            raise UserError(f'{name} is {config[name]}; it must be at least {least} and finite')
     for name, bound in (('beta1', 1), ('beta2', 1), ('seed', 2 ** 32)):
         if config.get(name, 0) >= bound:
             raise UserError(f'{name} is {config[name]}; it must be below {bound}')

@@ -1,9 +1,9 @@
 """
-The GPT language model of nanoGPT in JAX/Flax NNX, all of it in this one file.
+The GPT language model of nanoGPT in JAX/Flax NNX: modules, parameters and the forward pass.
 
-Read it next to nanoGPT's model.py: the modules and their attributes have the same names in the same
-order. Modules hold parameters and the forward pass; training is in jax_train_utils.py and
-train_jax.py.
+Read it next to nanoGPT's model.py: modules have the same names; parameters have Flax's (kernel,
+scale, embedding). The operations inside them (attention, dropout, GELU, cross-entropy, matmul) are
+in nanogpt_jax/ops.py, sampling is in nanogpt_jax/sampling.py.
 """
 
 import math
@@ -33,12 +33,12 @@ class GPTConfig:
     backward pass instead of saving its activations. Raises UserError for invalid values.
     """
     block_size: int = 1024
-    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for efficiency
+    vocab_size: int = 50304  # GPT-2's 50257, rounded up to 64 * 786 for faster matmuls
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in Linears and LayerNorms, as in GPT-2; without, training is a bit faster
+    bias: bool = True  # of every Linear and LayerNorm; GPT-2 has them, False trains slightly faster
     dtype: str = 'float32'
     attention: str = 'xla'
     remat: bool = False
@@ -65,6 +65,9 @@ class GPTConfig:
 # -----------------------------------------------------------------------------
 # the model
 
+# own layers instead of flax.nnx's: these compute in x's dtype with float32 parameters, and use the
+# faster operations of nanogpt_jax/ops.py
+
 class Linear(nnx.Module):
     """x @ kernel + bias in x's dtype. kernel: (n_in, n_out), normal with standard deviation std."""
 
@@ -78,11 +81,11 @@ class Linear(nnx.Module):
 
 
 class Dropout(nnx.Module):
-    """Dropout in training mode, with a key of the call's `rngs`; model.eval() turns it off."""
+    """Dropout with a key from rngs; off after model.eval()."""
 
     def __init__(self, rate):
         self.rate = rate
-        self.deterministic = False
+        self.deterministic = False  # model.eval() and model.train() set attributes of this name
 
     @property
     def active(self):
@@ -93,7 +96,7 @@ class Dropout(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """LayerNorm with an optional bias; computed in float32, returned in `dtype`."""
+    """Layer normalization in float32, returned in `dtype`; bias=False leaves out the shift."""
 
     def __init__(self, ndim, bias, dtype='float32'):
         self.scale = nnx.Param(jnp.ones(ndim))
@@ -194,7 +197,7 @@ class GPT(nnx.Module):
         """The transformer without its head: int (B, T) to (B, T, C) in the compute dtype."""
         B, T = idx.shape
         if T > self.config.block_size:
-            raise UserError(f'cannot forward a sequence of length {T}: block_size is only '
+            raise UserError(f'idx has {T} tokens, but the model sees at most block_size = '
                             f'{self.config.block_size}')
         if rngs is None and self.transformer.drop.active:
             raise UserError('dropout needs randomness in training mode: call '
@@ -269,11 +272,12 @@ class GPT(nnx.Module):
         flops_per_iter = flops_per_token * T * fwdbwd_per_iter
         return flops_per_iter / dt / peak_flops
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None, top_p=1.0,
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, *, top_p=1.0, key=None,
                  n_vocab=None):
         """Continue idx, int (B, T), by max_new_tokens tokens: int (B, T + max_new_tokens).
 
-        See nanogpt_jax.sampling.stream_tokens for the arguments.
+        key: a jax.random key, needed unless temperature is 0 or top_k is 1. n_vocab: ids from here
+        on are padding, never sampled.
         """
         new = stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, key, n_vocab)
         return jnp.concatenate([jnp.asarray(idx), *new], axis=1)

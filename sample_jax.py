@@ -45,7 +45,7 @@ dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16' or 'float16'; a CPU co
 compilation_cache = True # cache compiled programs in the user's cache folder: faster next start
 compile = False # no effect: XLA always compiles
 from configurator import configure
-config, given = configure(globals()) # overrides from the command line and config files
+config, given = configure(globals()) # all settings, and the names of those that were given
 # -----------------------------------------------------------------------------
 
 samples_out.reconfigure(errors='replace') # a terminal that lacks a character gets ? for it

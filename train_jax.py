@@ -1,7 +1,7 @@
 """
 Train a GPT on every device that JAX sees, from one CPU to several GPUs or a TPU.
 
-To run with the defaults (GPT-2 124M on OpenWebText), or small on a CPU:
+To run with the defaults (GPT-2 124M on OpenWebText), or a small model on a CPU:
 $ python train_jax.py
 $ python train_jax.py config/train_pydoc_char.py
 To change any setting below, and to resume a run:
@@ -21,7 +21,6 @@ import optax
 import jax_train_utils as utils
 from jax_transformer import GPT_ARGS, GPTConfig
 from nanogpt_jax import devices as machine
-from nanogpt_jax.checkpoint import steps_on_disk
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.metrics import MetricsFile, StepLog, check_finite, progress
 from nanogpt_jax.sharding import choose_micro_batch_size, mesh_for_batch, state_bytes
@@ -37,8 +36,8 @@ out_dir = 'out_jax'
 eval_interval = 2000
 log_interval = 1
 eval_iters = 200
-eval_only = False # evaluate once, write nothing, and exit
-always_save_checkpoint = True # save after every evaluation; False: only if the val loss improved
+eval_only = False # evaluate once and exit, without touching out_dir
+always_save_checkpoint = True # save after every evaluation; False: if the val loss has improved
 init_from = 'scratch' # 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a
                       # folder with GPT-2 weights
 # wandb logging
@@ -47,8 +46,8 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'
-gradient_accumulation_steps = 5 * 8 # times batch_size is the global batch size, in sequences
-batch_size = 12 # the most sequences that a device processes at a time
+gradient_accumulation_steps = 5 * 8 # the global batch is this * batch_size sequences
+batch_size = 12 # micro-batch size: the most sequences that a device processes at a time
 block_size = 1024
 # model
 n_layer = 12
@@ -73,54 +72,16 @@ seed = 1337
 device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, 'tpu'
 dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16', or 'float16' with dynamic loss scaling;
                    # a CPU computes in float32
-attention = 'auto' # 'cudnn' (fused, NVIDIA GPUs), 'xla' (any device), or the faster that works here
+attention = 'auto' # 'cudnn' (fused, NVIDIA GPUs), 'xla' (any device), or 'auto': the faster one
 remat = False # recompute each block in the backward pass: less memory, a third more FLOPs
 compilation_cache = True # cache compiled programs in the user's cache folder: faster next start
 compile = True # no effect: XLA always compiles
 fsdp = 1 # weights, gradients and optimizer state are sharded across groups of this many devices
 heartbeat_timeout = 100 # seconds of silence after which one of several processes counts as dead
-backend = 'nccl' # no effect: XLA has its own communication
+backend = 'nccl' # no effect: XLA chooses the communication library
 from configurator import configure
-config, given = configure(globals()) # overrides from the command line and config files
+config, given = configure(globals()) # all settings, and the names of those that were given
 # -----------------------------------------------------------------------------
-
-def resume():
-    """Set the globals that were not given from the checkpoint; (checkpoints, step, its meta)."""
-    global config
-    checkpoints = utils.Checkpoints(out_dir, read_only=True)
-    step = checkpoints.latest_valid_step()
-    print(f'Resuming training from {out_dir}, from iteration {step}')
-    saved = checkpoints.meta(step)
-    config, differs = utils.merge_resumed_config(config, given, saved['config'])
-    globals().update(config)
-    if differs:
-        print(f'differs from the checkpoint: {differs}')
-    return checkpoints, step, saved
-
-def create_state():
-    """(training state on the mesh's devices, model_args), as init_from says."""
-    model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
-                      bias=bias, vocab_size=meta_vocab_size or 50304, dropout=dropout)
-    if init_from == 'scratch':
-        print('Initializing a new model from scratch')
-        if meta_vocab_size is None:
-            print('defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)')
-        return utils.init_train_state(GPTConfig(**model_args), tx, seed, mesh), model_args
-    if init_from == 'resume':
-        model_args = saved['model_args'] | dict(dropout=dropout)
-        abstract = utils.abstract_train_state(GPTConfig(**model_args), tx, mesh)
-        state = saved_checkpoints.state(iter_num, abstract)
-        if block_size < model_args['block_size']:
-            state = utils.crop_state(state, block_size, mesh)
-            model_args['block_size'] = block_size
-        return state, model_args
-    if init_from.startswith('gpt2') or os.path.isdir(init_from):
-        print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
-        state, gptconf = utils.load_pretrained(init_from, tx, mesh, block_size, dropout)
-        return state, {name: getattr(gptconf, name) for name in GPT_ARGS}
-    raise UserError(f"init_from is {init_from!r}; it must be 'scratch', 'resume', 'gpt2', "
-                    "'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json and "
-                    'model.safetensors')
 
 # processes and devices first: JAX must know --device before anything uses it
 machine.start_processes(device, heartbeat_timeout)
@@ -133,14 +94,30 @@ for key in sorted(given & {'compile', 'backend'}):
     print(f'--{key} has no counterpart here and is ignored: XLA always compiles, '
           'and has its own communication')
 
+def resume():
+    """Take the settings that were not given from the latest valid checkpoint.
+
+    Returns (checkpoints, iteration, meta) of it.
+    """
+    global config
+    checkpoints = utils.Checkpoints(out_dir, read_only=True)
+    step = checkpoints.latest_valid_step()
+    print(f'Resuming training from {out_dir}, from iteration {step}')
+    saved = checkpoints.meta(step)
+    config, differs = utils.merge_resumed_config(config, given, saved['config'])
+    globals().update(config)
+    if differs:
+        print(f'differs from the checkpoint: {differs}')
+    return checkpoints, step, saved
+
 iter_num, best_val_loss, saved = 0, 1e9, None
 if init_from == 'resume':
-    saved_checkpoints, iter_num, saved = resume()
+    resume_from, iter_num, saved = resume()
     best_val_loss = saved['best_val_loss']
     if iter_num > max_iters and not eval_only:
         print(f'nothing left to train: {out_dir} is at iteration {iter_num}, past {max_iters=}')
         sys.exit()
-elif not eval_only and (steps := steps_on_disk(out_dir)):
+elif not eval_only and (steps := utils.steps_on_disk(out_dir)):
     raise UserError(f'{out_dir} holds checkpoints of another run (iteration {steps[-1]}): resume '
                     'it with --init_from=resume, or choose another --out_dir')
 utils.check_settings(config)
@@ -168,24 +145,48 @@ if meta_vocab_size is not None:
     print(f"found vocab_size = {meta_vocab_size} (inside {os.path.join(data_dir, 'meta.pkl')})")
     if saved and saved['chars'] and saved['chars'] != chars:
         raise UserError(f'{out_dir} was trained on other characters than those of {data_dir}: '
-                        'resume with --dataset set to its own data, or prepare that data as it was')
+                        'use the --dataset that it was trained on')
 elif saved:
     chars = saved['chars']
 get_batch = partial(utils.get_train_batch, mesh, data_dir, global_batch_size, grad_accum_steps,
                     block_size, seed) # iter_num -> x, y
+
+def create_state():
+    """Returns (training state on the mesh's devices, model_args) for init_from."""
+    model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
+                      bias=bias, vocab_size=meta_vocab_size or 50304, dropout=dropout)
+    if init_from == 'scratch':
+        print('Initializing a new model from scratch')
+        if meta_vocab_size is None:
+            print('defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)')
+        return utils.init_train_state(GPTConfig(**model_args), tx, seed, mesh), model_args
+    if init_from == 'resume':
+        model_args = saved['model_args'] | dict(dropout=dropout)
+        abstract = utils.abstract_train_state(GPTConfig(**model_args), tx, mesh)
+        state = resume_from.state(iter_num, abstract)
+        if block_size < model_args['block_size']:
+            state = utils.crop_state(state, block_size, mesh)
+            model_args['block_size'] = block_size
+        return state, model_args
+    if init_from.startswith('gpt2') or os.path.isdir(init_from):
+        print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
+        state, gptconf = utils.load_pretrained(init_from, tx, mesh, block_size, dropout)
+        return state, {name: getattr(gptconf, name) for name in GPT_ARGS}
+    raise UserError(f"init_from is {init_from!r}; it must be 'scratch', 'resume', 'gpt2', "
+                    "'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json and "
+                    'model.safetensors')
 
 # model and optimizer
 schedule = utils.create_learning_rate_schedule(
     learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_lr)
 tx = utils.create_optimizer(schedule, weight_decay, (beta1, beta2), grad_clip)
 state, model_args = create_state()
-config |= {k: v for k, v in model_args.items() if k in config} # as pretrained weights have it
+config |= {k: v for k, v in model_args.items() if k in config} # of pretrained weights
 utils.check_tokens(data_dir, model_args['vocab_size'])
 attention = machine.attention_path(
     attention, compute_type, model_args['n_embd'] // model_args['n_head'], devices[0])
 if attention == 'cudnn' and dropout > 0:
-    print('attention: cudnn in evaluation, xla in training, since JAX offers the fused kernel '
-          'without dropout only')
+    print('attention: cudnn in evaluation, xla in training: the fused kernel has no dropout in JAX')
 gptconf = GPTConfig(**model_args, dtype=compute_type, attention=attention, remat=remat)
 model, train_graphdef, eval_graphdef = utils.split_model(gptconf)
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
@@ -204,6 +205,19 @@ train_step = utils.make_train_step(
     train_graphdef, tx, seed, mesh, scale_loss=compute_type == 'float16')
 eval_step = utils.make_eval_step(eval_graphdef, mesh)
 
+# logging
+if eval_only and 'wandb_log' not in given:
+    wandb_log = False # evaluating a checkpoint is not a run of its own
+wandb_log = wandb_log and jax.process_index() == 0 # only process 0 logs
+# a resumed run keeps its wandb id, which is in its checkpoints even if wandb_log was off meanwhile
+run_id = saved['config'].get('wandb_run_id') if saved and not eval_only else None
+if wandb_log:
+    wandb = optional_import('wandb')
+    run_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id,
+                        resume='allow').id
+if run_id:
+    config['wandb_run_id'] = run_id
+
 def evaluate(mfu=-1.0, **last_step):
     """Compute, log and return the losses of both splits."""
     losses = utils.estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters,
@@ -219,19 +233,6 @@ def evaluate(mfu=-1.0, **last_step):
             **last_step,
         })
     return losses
-
-# logging
-if eval_only and 'wandb_log' not in given:
-    wandb_log = False # evaluating a checkpoint is not a run of its own
-wandb_log = wandb_log and jax.process_index() == 0 # only process 0 logs
-# a resumed run keeps its wandb id, which is in its checkpoints even if wandb_log was off meanwhile
-run_id = saved['config'].get('wandb_run_id') if saved and not eval_only else None
-if wandb_log:
-    wandb = optional_import('wandb')
-    run_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id,
-                        resume='allow').id
-if run_id:
-    config['wandb_run_id'] = run_id
 
 if eval_only:
     evaluate()
@@ -258,7 +259,7 @@ log = StepLog(start_iter, max_iters, tokens_per_iter,
 with checkpoints: # closes them at the end
     while iter_num <= max_iters and not stop.reached(iter_num):
 
-        # evaluate the loss on train/val sets and write checkpoints
+        # every eval_interval: the losses of both splits, and a checkpoint
         if iter_num % eval_interval == 0:
             log.flush()
             jax.block_until_ready(state)

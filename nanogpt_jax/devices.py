@@ -78,7 +78,7 @@ def start_processes(device, heartbeat_timeout):
 # -----------------------------------------------------------------------------
 # devices
 
-# dense bfloat16 peaks in FLOP/s, from the makers' data sheets; the first name found in a device's
+# dense bfloat16 peaks in FLOP/s, from the vendors' data sheets; the first name found in a device's
 # kind counts, so specific names come before generic ones
 PEAK_FLOPS = {
     'h100 nvl': 835e12, 'h100 pcie': 756.5e12, 'h100': 989.5e12, 'h200 nvl': 836e12,

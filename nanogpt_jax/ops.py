@@ -91,8 +91,8 @@ def causal_attention(q, k, v, drop=lambda att: att):
     (B, nh, queries, keys).
     """
     B, T, nh, hs = q.shape
-    # up to four parts of the queries, each with the keys that it can see: this skips 3/8 of the
-    # masked work. Parts of fewer than 32 queries gain nothing and compile longer
+    # up to four parts of the queries, each with only the keys that it can see: this skips 3/8 of
+    # the work, all of it masked. Parts of fewer than 32 queries gain nothing and compile longer
     size = max(32, -(-T // 4))
     parts = []
     for start in range(0, T, size):

@@ -1,7 +1,8 @@
 """
 How a training step is spread over devices: the mesh, which device holds which part of each array,
-gathering sharded parameters, and placing batches. What moves between devices is written out here
-and in make_train_step; nothing is left to XLA's partitioner.
+gathering sharded parameters, and placing batches. The forward and backward pass communicate only
+where this file, make_grad_fn and make_eval_step say so; outside of them XLA's partitioner adds
+the scalar all-reduces of the gradient's norm.
 """
 
 import math
@@ -25,7 +26,7 @@ def choose_micro_batch_size(batch_size, block_size, n_embd, platform):
     """The most sequences that a device processes at a time: batch_size, or fewer on a CPU."""
     if platform != 'cpu':
         return batch_size
-    # on a CPU they must fit in its caches: the widest activation, (B, T, 4 n_embd) float32, in 4 MB
+    # a block's widest activation, (B, T, 4 n_embd) float32, should stay in the CPU's caches: 4 MB
     return min(batch_size, max(1, 2 ** 18 // (block_size * n_embd)))
 
 
@@ -69,7 +70,7 @@ def mesh_for_batch(devices, global_batch_size, micro_batch_size, fsdp=1):
 # parameters and optimizer state
 
 def partition_specs(tree, mesh):
-    """A PartitionSpec for each array: sharded over fsdp along the first dimension it divides.
+    """A PartitionSpec for each array: sharded along the first dimension that fsdp divides.
 
     Arrays of less than two dimensions, or without such a dimension, are replicated. A parameter
     and its moments get the same spec.

@@ -18,6 +18,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from helpers import with_data
 
 
+def pytest_configure(config):
+    # tests of one xdist_group run in one worker: those that need much memory not at the same time,
+    # those that share a run without computing it twice
+    if getattr(config.option, 'dist', None) == 'load':
+        config.option.dist = 'loadgroup'
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A working directory with data/tiny."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import (
-    ITER, OPTIMIZED, ROOT, STEP, TINY, one_line_error, run, run_inside, run_processes, saved,
+    ENV, ITER, OPTIMIZED, ROOT, STEP, TINY, one_line_error, run, run_inside, run_processes, saved,
     start_processes, train, with_data,
 )
 
@@ -47,7 +47,8 @@ def weight_difference(folder, out_dir, want_dir):
 def python_on_8_devices(code, *args):
     """stdout of a piece of Python, run in a process with 8 CPU devices."""
     result = subprocess.run([sys.executable, '-c', textwrap.dedent(code), *map(str, args)],
-                            cwd=ROOT, env=os.environ | EIGHT, capture_output=True, text=True)
+                            cwd=ROOT, env=os.environ | ENV | EIGHT, capture_output=True,
+                            text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -55,6 +56,7 @@ def python_on_8_devices(code, *args):
 # -----------------------------------------------------------------------------
 # the same losses
 
+@pytest.mark.xdist_group('one')
 @pytest.mark.parametrize('processes, devices, fsdp',
                          [(1, 8, 1), (1, 8, 2), (1, 8, 8), (2, 2, 1), (2, 2, 4)])
 def test_losses_and_weights_do_not_depend_on_devices_and_processes(one, processes, devices, fsdp):
@@ -168,6 +170,7 @@ def test_a_step_reduces_gradients_once_and_gathers_shards_only_along_fsdp(data, 
 # -----------------------------------------------------------------------------
 # checkpoints move
 
+@pytest.mark.xdist_group('one')
 def test_checkpoints_move_between_devices_shardings_and_processes(one):
     folder, want = one
     outs = [train(folder, *STEPS, '--max_iters=2', '--out_dir=moved', **OPTIMIZED),  # one device

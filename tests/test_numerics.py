@@ -127,6 +127,7 @@ def loss_and_gradients(weights, n_layer, n_head, idx, targets):
 
 # -----------------------------------------------------------------------------
 
+@pytest.mark.xdist_group('memory')
 @pytest.mark.parametrize('batch_size, settings', [
     # config/train_shakespeare_char.py's model, with a quarter of its batch
     (16, dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, bias=False)),

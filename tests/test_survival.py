@@ -291,6 +291,7 @@ def test_a_non_finite_loss_stops_the_run_and_saves_nothing(folder):
 # -----------------------------------------------------------------------------
 # host memory
 
+@pytest.mark.xdist_group('memory')
 def test_host_memory_does_not_grow(folder):
     if not os.path.exists('/proc/self/statm'):
         pytest.skip('resident memory is read from /proc')

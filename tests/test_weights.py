@@ -145,6 +145,7 @@ print(max(seen) - start, sum(sizes), max(sizes))
 '''
 
 
+@pytest.mark.xdist_group('memory')
 def test_loading_holds_at_most_one_tensor_twice(tmp_path):
     if not os.path.exists('/proc/self/smaps_rollup'):
         pytest.skip('anonymous memory is read from /proc')
