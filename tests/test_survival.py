@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 from helpers import (
-    ENV, ITER, OPTIMIZED, ROOT, TINY, TRAIN, one_line_error, run, saved, start_processes, train,
-    with_data,
+    ENV, ITER, OPTIMIZED, ROOT, TINY, TRAIN, one_line_error, run, run_inside, saved,
+    start_processes, train, with_data,
 )
 
 from nanogpt_jax.checkpoint import CHECKSUMS, Checkpoints, find_damage, steps_on_disk
@@ -148,7 +148,7 @@ def test_kills_at_random_moments_lose_only_the_work_since_the_last_save(folder):
         assert not printed or step >= printed[-1] - 2
         last_seen = step
     end = last_seen + 3
-    result = run(folder, 'train_jax.py', *RESUME, '--out_dir=killed', f'--max_iters={end}')
+    result = run_inside(folder, 'train_jax.py', *RESUME, '--out_dir=killed', f'--max_iters={end}')
     assert result.returncode == 0, result.stderr
     assert not [name for name in os.listdir(folder / 'killed') if 'tmp' in name]
     train(folder, '--eval_interval=1000', '--dropout=0.1', f'--max_iters={end}',
@@ -223,10 +223,10 @@ def test_a_checksums_file_that_names_no_files_is_damage(two_checkpoints, tmp_pat
 def test_resume_and_sampling_fall_back_to_the_latest_valid_checkpoint(two_checkpoints, tmp_path):
     folder = shutil.copytree(two_checkpoints, tmp_path / 'copy')
     done = damage(folder / 'out_jax' / '6', random.Random(1))
-    sampled = run(folder, 'sample_jax.py', *SAMPLE, '--checkpoint=latest')
+    sampled = run_inside(folder, 'sample_jax.py', *SAMPLE, '--checkpoint=latest')
     assert sampled.returncode == 0, sampled.stderr
     assert 'sampling from iteration 4' in sampled.stderr and 'is damaged' in sampled.stderr
-    result = run(folder, 'train_jax.py', *RESUME, '--max_iters=7')
+    result = run_inside(folder, 'train_jax.py', *RESUME, '--max_iters=7')
     assert result.returncode == 0, result.stderr
     assert f'{os.sep}6 is damaged' in result.stdout and 'from iteration 4' in result.stdout, done
     assert [i[0] for i in ITER.findall(result.stdout)] == ['4', '5', '6', '7']
@@ -236,7 +236,7 @@ def test_resume_and_sampling_fall_back_to_the_latest_valid_checkpoint(two_checkp
 
 
 def test_sampling_from_the_best_checkpoint_names_the_flag_for_a_later_one(two_checkpoints):
-    sampled = run(two_checkpoints, 'sample_jax.py', *SAMPLE)
+    sampled = run_inside(two_checkpoints, 'sample_jax.py', *SAMPLE)
     assert ('sampling from iteration 4 of out_jax, the best; '
             '--checkpoint=latest samples a later one\n') in sampled.stderr
 
@@ -262,8 +262,8 @@ def test_without_a_valid_checkpoint_scripts_end_with_one_line(two_checkpoints, t
     for step in ('4', '6'):
         os.remove(folder / 'out_jax' / step / CHECKSUMS)
     before = sorted(os.listdir(folder / 'out_jax'))
-    one_line_error(run(folder, 'train_jax.py', *RESUME), 'no checkpoint in out_jax is valid')
-    sampled = run(folder, 'sample_jax.py', '--device=cpu', '--checkpoint=best')
+    one_line_error(run_inside(folder, 'train_jax.py', *RESUME), 'no checkpoint in out_jax is valid')
+    sampled = run_inside(folder, 'sample_jax.py', '--device=cpu', '--checkpoint=best')
     one_line_error(sampled, 'is damaged')
     assert sorted(os.listdir(folder / 'out_jax')) == before
 
@@ -282,7 +282,7 @@ def test_half_written_checkpoints_are_removed_on_resume(folder):
 def test_a_non_finite_loss_stops_the_run_and_saves_nothing(folder):
     train(folder, '--max_iters=4')
     before = sorted(os.listdir(folder / 'out_jax'))
-    result = run(folder, 'train_jax.py', *RESUME, '--learning_rate=1e38', '--min_lr=1e38',
+    result = run_inside(folder, 'train_jax.py', *RESUME, '--learning_rate=1e38', '--min_lr=1e38',
                  '--max_iters=50')
     one_line_error(result, 'not a finite number', 'checkpoint 5', '--learning_rate')
     assert sorted(os.listdir(folder / 'out_jax')) == before

@@ -116,7 +116,7 @@ def test_without_always_save_checkpoint_only_improvements_and_the_end_are_saved(
 def test_a_second_run_does_not_overwrite_the_first(folder):
     train(folder, '--max_iters=4')
     before = sorted(os.listdir(folder / 'out_jax'))
-    one_line_error(run(folder, 'train_jax.py', *TINY), '--init_from=resume')
+    one_line_error(run_inside(folder, 'train_jax.py', *TINY), '--init_from=resume')
     assert sorted(os.listdir(folder / 'out_jax')) == before
 
 
@@ -125,14 +125,14 @@ def test_resuming_on_other_characters_is_refused(folder):
     meta = pickle.loads((folder / 'data' / 'tiny' / 'meta.pkl').read_bytes())
     meta['itos'] = dict(enumerate(reversed(meta['itos'].values())))
     (folder / 'data' / 'tiny' / 'meta.pkl').write_bytes(pickle.dumps(meta))
-    result = run(folder, 'train_jax.py', *TINY, '--init_from=resume', '--max_iters=5')
+    result = run_inside(folder, 'train_jax.py', *TINY, '--init_from=resume', '--max_iters=5')
     one_line_error(result, 'other characters')
 
 
 def test_a_meta_file_without_characters_trains_but_cannot_be_sampled(folder):
     (folder / 'data' / 'tiny' / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 24}))
     assert 'found vocab_size = 24' in train(folder, '--max_iters=2')
-    one_line_error(run(folder, 'sample_jax.py', '--device=cpu'), 'itos')
+    one_line_error(run_inside(folder, 'sample_jax.py', '--device=cpu'), 'itos')
 
 
 def test_later_config_files_and_flags_override_earlier_ones(folder):
@@ -230,7 +230,8 @@ def test_a_smaller_block_size_crops_on_resume_and_a_larger_is_refused(folder):
     state, meta = saved(folder, 'out_jax', 4)
     assert meta['model_args']['block_size'] == 8
     assert state['params']['transformer']['wpe']['embedding'].shape == (8, 32)
-    result = run(folder, 'train_jax.py', '--init_from=resume', '--device=cpu', '--block_size=16')
+    result = run_inside(folder, 'train_jax.py', '--init_from=resume', '--device=cpu',
+                        '--block_size=16')
     one_line_error(result, 'block_size=16 is larger')
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import ROOT, TINY, one_line_error, run, train
+from helpers import ROOT, TINY, one_line_error, run, run_inside, train
 from safetensors.numpy import load_file, save_file
 
 from jax_transformer import GPT, GPTConfig, export_torch_weights
@@ -176,8 +176,8 @@ def test_convert_names_missing_packages_and_flags(folder):
                  ['--src=out_jax', '--dst=new.pt', '--format=nanogpt']):
         result = run(folder, 'convert_jax.py', *args, PYTHONPATH=str(folder / 'stub'))
         one_line_error(result, 'pip install torch')
-    one_line_error(run(folder, 'convert_jax.py', '--dst=out'), '--src')
-    one_line_error(run(folder, 'convert_jax.py', '--src=out_jax'), '--dst')
+    one_line_error(run_inside(folder, 'convert_jax.py', '--dst=out'), '--src')
+    one_line_error(run_inside(folder, 'convert_jax.py', '--src=out_jax'), '--dst')
 
 
 def test_an_unreachable_hub_is_a_one_line_error(folder):
@@ -193,7 +193,7 @@ def test_a_run_starts_from_a_folder_and_resumes(folder, model):
     assert 'tokens per iteration will be: 64' in out
     resumed = train(folder, '--init_from=resume', '--block_size=8', '--max_iters=3')
     assert 'iter 3: loss' in resumed
-    result = run(folder, 'train_jax.py', *TINY, '--init_from=hf', '--block_size=32',
+    result = run_inside(folder, 'train_jax.py', *TINY, '--init_from=hf', '--block_size=32',
                  '--out_dir=other')
     one_line_error(result, 'block_size', '16')
 
