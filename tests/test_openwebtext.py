@@ -355,7 +355,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_resumes(tmp_path, script, capsy
     (tmp_path / 'go').touch()
     stopped = finish(process)
     assert stopped.returncode == 130
-    assert re.fullmatch(r'stopped; the same command .*\n', stopped.stderr)
+    assert re.fullmatch(r'stopped; run the same command .*\n', stopped.stderr)
     shutil.copytree(tmp_path / 'out', tmp_path / 'copy')
 
     result = finish(start(tmp_path, RUN, *WAITS))
