@@ -1,6 +1,6 @@
 """
-The machine that a script runs on: processes, devices and their peaks, the compilation cache, memory
-that malloc keeps, standard output and signals.
+The machine that a script runs on: processes, the version of JAX, devices and their peaks, the
+compilation cache, memory that malloc keeps, standard output and signals.
 """
 
 import contextlib
@@ -10,11 +10,13 @@ import hashlib
 import importlib.util
 import os
 import platform as machine
+import re
 import signal
 import sys
 import warnings
 
 import jax
+import jaxlib
 from jax.experimental import multihost_utils
 
 from nanogpt_jax import errors
@@ -76,6 +78,40 @@ def start_processes(device, heartbeat_timeout):
 
 
 # -----------------------------------------------------------------------------
+# versions of JAX
+
+# what requirements_jax.txt allows, and what it excludes with which reason; a test compares them,
+# since packaging, which could read the file, is not among the packages that training needs
+OLDEST_JAX, UNTESTED_JAX = (0, 10, 1), (0, 13)
+WRONG_JAX = {
+    '0.10.2': 'computes wrong results on CPUs (jax-ml/jax #39103)',
+    '0.11.0': 'computes wrong results on some NVIDIA GPUs (jax-ml/jax #40633)',
+    '0.11.1': 'computes wrong results on some NVIDIA GPUs (jax-ml/jax #40633)',
+    '0.11.2': 'computes wrong gradients on TPUs (openxla/xla #49143)',
+}
+
+
+def version_warning(package, version):
+    """One line if requirements_jax.txt excludes this version of jax or jaxlib, else ''."""
+    release = re.match(r'\d+(\.\d+)*', version)[0]  # without .dev20260819, rc1, +local
+    if release in WRONG_JAX:
+        reason = WRONG_JAX[release]
+    elif OLDEST_JAX <= tuple(map(int, release.split('.'))) < UNTESTED_JAX:
+        return ''
+    else:
+        reason = 'has not been tested with this code'
+    return f'WARNING: {package} {version} {reason}; use a version that requirements_jax.txt allows'
+
+
+def warn_about_versions():
+    """Print one line if jaxlib, which has the compiler, or jax is not a version to use."""
+    warning = (version_warning('jaxlib', jaxlib.__version__)
+               or version_warning('jax', jax.__version__))
+    if warning:
+        print(warning)
+
+
+# -----------------------------------------------------------------------------
 # devices
 
 # dense bfloat16 peaks in FLOP/s, from the vendors' data sheets; the first name found in a device's
@@ -100,8 +136,10 @@ def peak_flops(device):
 def select_devices(device='auto'):
     """The devices that --device names: auto, cpu, gpu or cuda, cuda:1 for one of several, tpu.
 
-    Must be called before JAX is used otherwise. Raises UserError for absent and unknown devices.
+    Must be called before JAX is used otherwise. Prints a warning for a version of JAX that
+    requirements_jax.txt excludes. Raises UserError for absent and unknown devices.
     """
+    warn_about_versions()
     platform, _, index = device.partition(':')
     if platform == 'mps':
         raise UserError("device 'mps' is PyTorch's name for Apple's GPU, which JAX does not "

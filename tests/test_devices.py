@@ -9,12 +9,16 @@ import sys
 import textwrap
 
 import jax
+import jaxlib
 import numpy as np
 import pytest
 from helpers import (
     ENV, ITER, OPTIMIZED, ROOT, STEP, TINY, one_line_error, run, run_inside, run_processes, saved,
     start_processes, train, with_data,
 )
+from packaging.requirements import Requirement
+
+from nanogpt_jax import devices as machine
 
 EIGHT = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
 RESUME = ['--init_from=resume', '--device=cpu']
@@ -210,6 +214,8 @@ def test_each_process_reads_its_own_sequences_and_only_the_first_prints(folder):
     code = textwrap.dedent('''
         import runpy, sys
         import jax_train_utils as utils
+        import jaxlib
+        jaxlib.__version__ = '0.10.2'
         read = utils.read_sequences
         def counted(data_dir, split, offsets, block_size):
             print(split, len(offsets), file=sys.stderr)
@@ -222,6 +228,7 @@ def test_each_process_reads_its_own_sequences_and_only_the_first_prints(folder):
     (out, err), (silent, other) = (process.communicate(timeout=120) for process in started)
     assert [process.returncode for process in started] == [0, 0], err + other
     assert len(ITER.findall(out)) == 3 and not silent
+    assert out.count('WARNING: jaxlib 0.10.2') == 1  # printed like all else, by the first
     # 8 sequences per step and 4 per evaluation batch, on one device in each process
     for lines in (err, other):
         assert set(re.findall(r'^(train|val) (\d+)$', lines, re.M)) == {
@@ -267,6 +274,52 @@ def test_an_impossible_fsdp_or_heartbeat_timeout_is_refused(folder):
         one_line_error(run_inside(folder, 'train_jax.py', *TINY, f'--{flag}=0'),
                        f'{flag} is 0', 'at least 1')
     assert not (folder / 'out_jax').exists()
+
+
+# -----------------------------------------------------------------------------
+# versions of JAX
+
+@pytest.mark.parametrize('package', ['jax', 'jaxlib'])
+def test_the_scripts_warn_of_the_versions_that_the_requirements_exclude(package):
+    with open(os.path.join(ROOT, 'requirements_jax.txt'), encoding='utf-8') as f:
+        text = f.read()
+    allowed = Requirement(re.search(rf'^{package}\W.*', text, re.M)[0]).specifier
+    versions = {part.version for part in allowed} | machine.WRONG_JAX.keys() | {
+        '0.9.2', '0.10.0', '0.10.1', '0.12.0', '0.12.0.1', '0.12.9', '0.13.1', '1.0.0'}
+    for version in versions:
+        warning = machine.version_warning(package, version)
+        assert (warning == '') == (version in allowed), version
+        assert warning == '' or warning.startswith(f'WARNING: {package} {version} ')
+    for version, reason in machine.WRONG_JAX.items():  # the same issue beside both
+        line = re.search(rf'^# {re.escape(version)}: .*', text, re.M)[0]
+        assert re.search(r'\w+/\w+ #\d+', reason)[0] in line
+
+
+def test_a_nightly_or_local_build_counts_as_its_release():
+    for version in ('0.10.2.dev20260610', '0.10.2+selfbuilt', '0.11.0rc1'):
+        assert f'jaxlib {version} computes wrong' in machine.version_warning('jaxlib', version)
+    assert machine.version_warning('jaxlib', '0.12.1.dev20261101+cuda') == ''
+
+
+@pytest.mark.parametrize('script, flags', [
+    ('train_jax.py', ['--device=cpu', '--dataset=none']),
+    ('sample_jax.py', ['--device=cpu', '--out_dir=none']),
+    ('bench_jax.py', ['--device=cpu', '--dataset=none']),
+    ('convert_jax.py', ['--src=none', '--dst=out']),
+    ('tools.sizing', ['--n_head=7'])])
+def test_a_script_warns_of_an_excluded_version_in_one_line(folder, monkeypatch, script, flags):
+    monkeypatch.setattr(jax, '__version__', '0.11.0')
+    monkeypatch.setattr(jaxlib, '__version__', '0.10.2')
+    result = run_inside(folder, script, *flags)
+    assert result.returncode == 1  # each has a mistake, found after the devices
+    lines = (result.stdout + result.stderr).splitlines()
+    # of the two that are excluded jaxlib is named, which has the compiler
+    assert [line for line in lines if line.startswith('WARNING')] == [
+        'WARNING: jaxlib 0.10.2 computes wrong results on CPUs (jax-ml/jax #39103); '
+        'use a version that requirements_jax.txt allows']
+    monkeypatch.undo()
+    result = run_inside(folder, script, *flags)
+    assert 'WARNING' not in result.stdout + result.stderr
 
 
 # -----------------------------------------------------------------------------
