@@ -229,6 +229,9 @@ def enable_compilation_cache():
     """Cache compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR."""
     # a damaged entry, or a full disk, costs a compilation and nothing else
     warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
+    if jax.__version__ == '0.10.1' and jax.default_backend() == 'cpu':
+        # reports each program that it reads as one for another machine (openxla/xla #44565)
+        jax.config.update('jax_logging_level', 'CRITICAL')
     if jax.config.jax_compilation_cache_dir:
         return
     home = os.environ.get('XDG_CACHE_HOME', '')

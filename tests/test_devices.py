@@ -24,6 +24,10 @@ EIGHT = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
 RESUME = ['--init_from=resume', '--device=cpu']
 # 12 sequences in an evaluation, which 8 devices do not divide
 STEPS = ['--max_iters=12', '--eval_interval=6', '--eval_iters=3']
+# by how much weights may differ after these steps, of which each changes them by up to 1e-2. AdamW
+# divides by the gradient's own size, so rounding shows where a gradient is near zero: 3.0e-6 was
+# seen with jax 0.10.1, 2.1e-5 with 0.12.0.1, in 70 of 13,000 weights
+ROUNDING = 1e-4
 
 
 @pytest.fixture(scope='module')
@@ -75,11 +79,9 @@ def test_losses_and_weights_do_not_depend_on_devices_and_processes(one, processe
     assert f'mesh: data {processes * devices // fsdp} x fsdp {fsdp}, ' in out
     # float32 sums in another order may change the last of the printed digits
     loss_difference = assert_same_losses(out, want, 1.1e-4)
-    # AdamW divides by the gradient's own size, so rounding shows more in the weights: 1.3e-6 was
-    # seen, where a step changes them by up to 1e-2
     difference = weight_difference(folder, out_dir, 'one')
     print(f'{out_dir}: losses differ by {loss_difference:.4f}, weights by {difference:.1e}')
-    assert difference < 1e-5
+    assert difference < ROUNDING
 
 
 def test_with_dropout_8_devices_reach_a_similar_loss_as_one(folder):
@@ -189,7 +191,7 @@ def test_checkpoints_move_between_devices_shardings_and_processes(one):
     assert [int(n) for n, *_ in got] == list(range(13))
     np.testing.assert_allclose([float(loss) for _, loss, *_ in got],
                                [float(line[1]) for line in ITER.findall(want)], atol=1e-4)
-    assert weight_difference(folder, 'moved', 'one') < 1e-5
+    assert weight_difference(folder, 'moved', 'one') < ROUNDING
 
 
 def test_a_checkpoint_of_8_devices_is_cropped_on_4(folder):
