@@ -1,7 +1,10 @@
 """What the tests share: a folder with a small data set, and ways to run the scripts in it."""
 
+import atexit
 import contextlib
+import functools
 import io
+import json
 import logging
 import os
 import pickle
@@ -12,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 
 import jax
@@ -44,6 +48,9 @@ ENV = {'JAX_COMPILATION_CACHE_DIR': os.environ['TESTS_COMPILED'],
 OPTIMIZED = {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'False'}
 
 TRAIN = [sys.executable, os.path.join(ROOT, 'train_jax.py')]
+# conftest.py restricts each of pytest-xdist's workers to one; processes that wait for each other
+# get all of them, as those that wait would keep the others from it
+ALL_CORES = [int(core) for core in os.environ.get('TESTS_CORES', '').split(',') if core]
 ITER = re.compile(
     r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (-?\d+\.\d{2})%$', re.M)
 STEP = re.compile(r'^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})$', re.M)
@@ -69,22 +76,106 @@ def with_data(folder):
 
 def run(folder, script, *args, stdin=None, **env):
     """The finished process of a script, or of a module such as tools.plot, started in folder."""
-    command = [sys.executable, os.path.join(ROOT, script)]
     if is_module(script):
-        command[1:] = ['-m', script]
+        command = ['-m', script]
         env['PYTHONPATH'] = os.pathsep.join([ROOT, env.get('PYTHONPATH', '')]).strip(os.pathsep)
-    return subprocess.run([*command, *map(str, args)], cwd=folder, capture_output=True,
-                          input=stdin, text=True, env=os.environ | ENV | env, timeout=300)
+    else:
+        command = [os.path.join(ROOT, script)]
+    return finish(start(folder, *command, *args, stdin=stdin, **env))
+
+
+def start(folder, *command, stdin=None, cores=None, **env):
+    """A started Python process, used like subprocess.Popen.
+
+    command: a script, -m and a module, or -c and code, with arguments, as python takes them; the
+    variables of ENV and env are added to the environment. On Linux it is a fork of a process that
+    has imported JAX already. For an interpreter that starts from nothing use subprocess.
+    """
+    with tempfile.TemporaryFile() as file:
+        file.write((stdin or '').encode())
+        file.seek(0)
+        process = Forked if sys.platform == 'linux' else Started
+        return process([*map(str, command)], str(folder), file, os.environ | ENV | env, cores)
+
+
+def finish(process, timeout=300):
+    """The subprocess.CompletedProcess of a started process, which is killed after the timeout."""
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+class Started(subprocess.Popen):
+    """A new interpreter."""
+
+    def __init__(self, command, folder, stdin, env, cores):
+        super().__init__([sys.executable, *command], cwd=folder, stdin=stdin, env=env, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@functools.cache
+def fork_server():
+    """The socket of forkserver.py; each process of pytest starts its own when it needs one."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        server = subprocess.Popen(
+            [sys.executable, os.path.join(ROOT, 'tests', 'forkserver.py'), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+            env=os.environ | ENV | {'OPENBLAS_NUM_THREADS': '1'})  # threads do not survive a fork
+    atexit.register(lambda: (ours.close(), server.wait()))
+    return ours
+
+
+class Forked:
+    """A fork of forkserver.py, with what the tests use of subprocess.Popen."""
+
+    def __init__(self, command, folder, stdin, env, cores):
+        self.args, self.returncode = command, None
+        request = dict(command=command, folder=folder, env=env,
+                       cores=sorted(cores or os.sched_getaffinity(0)))
+        out, out_end = os.pipe()
+        report, report_end = os.pipe()
+        with tempfile.NamedTemporaryFile('a') as err:  # a file: nobody need read it meanwhile
+            socket.send_fds(fork_server(), [json.dumps(request).encode()],
+                            [stdin.fileno(), out_end, err.fileno(), report_end])
+            self.stderr = open(err.name)
+        os.close(out_end)
+        os.close(report_end)
+        self.stdout, self.report = open(out), open(report)
+        self.pid = int(self.report.readline())
+
+    def send_signal(self, signum):
+        os.kill(self.pid, signum)
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):
+            self.send_signal(signal.SIGKILL)
+
+    def wait(self):
+        if self.returncode is None:
+            self.returncode = int(self.report.readline())
+        return self.returncode
+
+    def communicate(self, timeout=300):
+        """(stdout, stderr) that were not read yet, of a process that is killed after the timeout,
+        so that its exit code is not the expected one and what it printed is shown."""
+        timer = threading.Timer(timeout, self.kill)
+        timer.start()
+        with self.stdout, self.stderr, self.report:
+            out, _ = self.stdout.read(), self.wait()
+            timer.cancel()
+            return out, self.stderr.read()
 
 
 def is_module(script):
     return not str(script).endswith('.py')
 
 
-def train(folder, *args, **env):
-    """stdout of a training run that must succeed; inside this process if env is empty."""
-    start = run if env else run_inside
-    result = start(folder, 'train_jax.py', *TINY, *args, **env)
+def train(folder, *args, devices=1, **env):
+    """stdout of a training run that must succeed, on 1 or more CPU devices; inside this process if
+    nothing differs from it."""
+    if devices > 1:
+        env['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
+    result = (run if env else run_inside)(folder, 'train_jax.py', *TINY, *args, **env)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -94,36 +185,18 @@ def start_processes(folder, n, *args, devices=1, command=TRAIN, **env):
     with socket.socket() as s:
         s.bind(('localhost', 0))
         address = f'localhost:{s.getsockname()[1]}'
-    env = os.environ | ENV | env | {
-        'PYTHONPATH': ROOT, 'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(n),
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
-    with all_cores():
-        return [subprocess.Popen([*command, *args], cwd=folder, text=True, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, env=env | {'JAX_PROCESS_ID': str(i)})
-                for i in range(n)]
-
-
-@contextlib.contextmanager
-def all_cores():
-    """Start processes without conftest.py's restriction to one core: they wait for each other, and
-    those that wait would keep the others from it."""
-    if 'TESTS_CORES' not in os.environ:
-        yield
-        return
-    own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, map(int, os.environ['TESTS_CORES'].split(',')))
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, own)
+    env |= {'PYTHONPATH': ROOT, 'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(n),
+            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    return [start(folder, *command[1:], *args, cores=ALL_CORES, **env, JAX_PROCESS_ID=str(i))
+            for i in range(n)]
 
 
 def run_processes(folder, n, *args, devices=1, **env):
     """stdout of the first of n processes of a training run that must succeed."""
     started = start_processes(folder, n, *args, devices=devices, **env)
-    outputs = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0] * n, outputs
-    return outputs[0][0]
+    results = [finish(process) for process in started]
+    assert [result.returncode for result in results] == [0] * n, results
+    return results[0].stdout
 
 
 # -----------------------------------------------------------------------------

@@ -6,13 +6,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
+import helpers
 import numpy as np
 import pytest
 from helpers import (
-    ENV, ITER, OPTIMIZED, ROOT, TINY, TRAIN, one_line_error, run, run_inside, saved,
+    ENV, ITER, OPTIMIZED, ROOT, TINY, TRAIN, finish, one_line_error, run, run_inside, saved,
     start_processes, train, with_data,
 )
 
@@ -24,11 +24,9 @@ RESUME = ['--init_from=resume', '--device=cpu']
 SAMPLE = ['--device=cpu', '--num_samples=1', '--max_new_tokens=3', '--start=a']
 
 
-def start(folder, *args, command=TRAIN):
+def start(folder, *args):
     """A running process of train_jax.py that has made its first step."""
-    process = subprocess.Popen([*command, *args], cwd=folder, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE,
-                               env=os.environ | ENV | {'PYTHONPATH': ROOT})
+    process = helpers.start(folder, *TRAIN[1:], *args)
     for line in process.stdout:
         if line.startswith('iter '):
             return process
@@ -39,8 +37,7 @@ def run_patched(folder, patch, *args, **env):
     """The finished process of train_jax.py with these flags, after the Python code `patch`."""
     code = (f'{patch}\nimport runpy, sys\nsys.argv[0] = "train_jax.py"\n'
             f'runpy.run_path({os.path.join(ROOT, "train_jax.py")!r}, run_name="__main__")')
-    return subprocess.run([sys.executable, '-c', code, *args], cwd=folder, capture_output=True,
-                          text=True, env=os.environ | ENV | {'PYTHONPATH': ROOT} | env)
+    return finish(helpers.start(folder, '-c', code, *args, PYTHONPATH=ROOT, **env))
 
 
 # -----------------------------------------------------------------------------
@@ -117,14 +114,12 @@ while True:
     if stop.signum:
         print("requested", flush=True)
 '''
-    process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE,
-                               text=True)
+    process = helpers.start(ROOT, '-c', code)
     assert process.stdout.readline() == 'ready\n'
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == 'requested\n'
     process.send_signal(signal.SIGTERM)
-    process.stdout.read()
-    assert process.wait(10) == -signal.SIGTERM
+    assert finish(process, timeout=10).returncode == -signal.SIGTERM
 
 
 def test_kills_at_random_moments_lose_only_the_work_since_the_last_save(folder):
@@ -309,7 +304,7 @@ def report():
     print("grown by", [sizes[i + 200] - sizes[i] for i in range(200, len(sizes) - 200, 200)])
 atexit.register(report)
 ''', *TINY, f'--max_iters={steps}', '--eval_interval=200', '--log_interval=100', '--batch_size=64',
-        **OPTIMIZED)
+        '--n_embd=8', **OPTIMIZED)
     assert result.returncode == 0, result.stderr
     grown = [int(n) for n in re.search(r'grown by \[(.*)\]', result.stdout)[1].split(',')]
     each = ', '.join(f'{n / 1e6:.1f} MB' for n in grown)
