@@ -81,9 +81,11 @@ def become(request, streams):
             kind = type(jax.config.values[name])
             jax.config.update(name, value.lower() in ('true', '1') if kind is bool else
                               kind(value) if kind in (int, float) else value)
-    if encoding := os.environ.get('PYTHONIOENCODING'):
-        sys.stdout.reconfigure(encoding=encoding)
-        sys.stderr.reconfigure(encoding=encoding)
+    encoding = os.environ.get('PYTHONIOENCODING')
+    sys.stdin = sys.__stdin__ = open(0, encoding=encoding)
+    sys.stdout = sys.__stdout__ = open(1, 'w', encoding=encoding)
+    sys.stderr = sys.__stderr__ = open(2, 'w', buffering=1, encoding=encoding,
+                                       errors='backslashreplace')
     sys.path[0:1] = filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))
 
 
