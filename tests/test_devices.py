@@ -1,6 +1,7 @@
 """Several devices and processes: the same losses as on one device, what is exchanged, checkpoints
 that move between them, dead processes."""
 
+import os
 import re
 import signal
 import sys
