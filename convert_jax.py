@@ -198,10 +198,9 @@ def read_run():
     """(weights, first moments, second moments, Adam's count, the checkpoint's meta); the first
     three by nanoGPT's names."""
     checkpoints = Checkpoints(src, read_only=True)
-    step = checkpoints.find(checkpoint)
-    meta = checkpoints.meta(step)
+    _, meta, state = checkpoints.load(checkpoint, lambda meta: abstract_train_state(
+        GPTConfig(**meta['model_args']), TX, make_mesh(devices)))
     config = GPTConfig(**meta['model_args'])
-    state = checkpoints.state(step, abstract_train_state(config, TX, make_mesh(devices)))
 
     def is_adam(s):
         return isinstance(s, optax.ScaleByAdamState)

@@ -65,13 +65,14 @@ compute_type = compute_dtype(dtype, devices)
 chars = None
 if init_from == 'resume':
     checkpoints = Checkpoints(out_dir, read_only=True)
-    step = checkpoints.find(checkpoint)
-    saved = checkpoints.meta(step)
+    def abstract_params(saved):
+        gptconf = GPTConfig(**saved['model_args'])
+        state = abstract_train_state(gptconf, optax.identity(), make_mesh(devices[:1]))
+        return {'params': state['params']}
+    step, saved, arrays = checkpoints.load(checkpoint, abstract_params)
     chars = saved['chars']
     gptconf = GPTConfig(**saved['model_args'], dtype=compute_type)
-    abstract = abstract_train_state(gptconf, optax.identity(), make_mesh(devices[:1]))
-    params = checkpoints.params(step, abstract['params'])
-    model = nnx.merge(split_model(gptconf)[2], params)
+    model = nnx.merge(split_model(gptconf)[2], arrays['params'])
     newer = checkpoint == 'auto' and checkpoints.steps()[-1] > step
     print(f'sampling from iteration {step} of {out_dir}'
           + (', the best; --checkpoint=latest samples a later one' if newer else ''))

@@ -26,7 +26,7 @@ import jax_train_utils as utils
 import jax_transformer
 from jax_transformer import GPT, GPTConfig, export_torch_weights, load_torch_weights
 from nanogpt_jax import devices, sharding, tokenizer
-from nanogpt_jax.checkpoint import Checkpoints, find_damage
+from nanogpt_jax.checkpoint import Checkpoints, checksum
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.metrics import NonFiniteError, check_finite
 from nanogpt_jax.ops import cross_entropy, matmul
@@ -978,12 +978,12 @@ def test_a_checkpoint_is_restored_bit_for_bit():
         with Checkpoints(folder) as checkpoints:
             save(checkpoints, state, 7)
         with Checkpoints(folder, read_only=True) as checkpoints:
-            restored = checkpoints.state(7, abstract)
-            params = checkpoints.params(7, abstract['params'])
-            meta = checkpoints.meta(7)
+            step, meta, restored = checkpoints.load('auto', lambda meta: abstract)
+            only = checkpoints.load('7', lambda meta: {'params': abstract['params']})[2]
     assert_equal_trees(restored, state)
-    assert_equal_trees(params, state['params'])
-    assert meta['iter_num'] == 7 and meta['best_val_loss'] == 1.0 and meta['model_args'] == TINY
+    assert_equal_trees(only, {'params': state['params']})
+    assert step == meta['iter_num'] == 7
+    assert meta['best_val_loss'] == 1.0 and meta['model_args'] == TINY
 
 
 @area('checkpoint round trip')
@@ -995,12 +995,29 @@ def test_the_latest_and_the_best_checkpoint_are_kept():
                 save(checkpoints, state, iter_num, val_loss, always_save_checkpoint=False)
         with Checkpoints(folder) as checkpoints:
             assert checkpoints.steps() == [2, 4]
-            found = [checkpoints.find(name) for name in ('latest', 'best', 'auto', '4')]
-            assert found == [4, 2, 2, 4]
-            assert_refused(lambda: checkpoints.find('3'), "'3'", '[2, 4]')
+            found = [checkpoints.candidates(name) for name in ('latest', 'best', 'auto', '4')]
+            assert found == [[4, 2], [2], [2, 4], [4]]
+            assert_refused(lambda: checkpoints.candidates('3'), "'3'", '[2, 4]')
             assert_refused(lambda: save(checkpoints, state, 2), 'not saved')
             save(checkpoints, state, 5, always_save_checkpoint=True)
-        assert Checkpoints(folder, read_only=True).find('auto') == 5
+        assert Checkpoints(folder, read_only=True).candidates('auto')[0] == 5
+
+
+@area('checkpoint round trip')
+def test_every_changed_bit_changes_the_checksum_and_sharding_does_not():
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, jnp.bfloat16, np.int32):
+        a = rng.standard_normal((8, 6)).astype(dtype)
+        mesh = sharding.make_mesh(jax.devices())
+        spec = jax.sharding.PartitionSpec(('data', 'fsdp') if 8 % mesh.size == 0 else None)
+        sharded = jax.device_put(a, jax.sharding.NamedSharding(mesh, spec))
+        assert checksum(sharded) == checksum(jnp.asarray(a))
+        words = a.view(f'uint{8 * a.dtype.itemsize}')
+        bits = [words ^ (np.arange(48).reshape(8, 6) == i) * words.dtype.type(1 << bit)
+                for i in range(48) for bit in range(8 * a.dtype.itemsize)]
+        sums = {int(checksum(b.view(dtype))) for b in bits}
+        assert len(sums) == len(bits) and int(checksum(a)) not in sums
+        assert checksum(a[::-1]) != checksum(a) != checksum(a[:, ::-1])
 
 
 @area('checkpoint round trip')
@@ -1008,7 +1025,10 @@ def test_a_flipped_bit_is_detected():
     with tempfile.TemporaryDirectory() as folder:
         with Checkpoints(folder) as checkpoints:
             save(checkpoints, toy_state(), 1)
-        assert find_damage(checkpoints.folder(1)) is None and checkpoints.latest_valid_step() == 1
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), toy_state())
+        assert_equal_trees(checkpoints.load('latest', lambda meta: abstract)[2], toy_state())
         data = os.path.join(checkpoints.folder(1), 'params', 'd')
         path = os.path.join(data, os.listdir(data)[0])
         with open(path, 'r+b') as f:
@@ -1016,10 +1036,11 @@ def test_a_flipped_bit_is_detected():
             byte = f.read(1)[0]
             f.seek(20)
             f.write(bytes([byte ^ 1]))
-        assert 'is changed' in find_damage(checkpoints.folder(1))
+        assert_refused(lambda: checkpoints.load('1', lambda meta: abstract), 'is damaged')
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            assert_refused(checkpoints.latest_valid_step, 'no checkpoint', 'is valid')
-        assert 'is damaged and not used' in out.getvalue()
+            assert_refused(lambda: checkpoints.load('latest', lambda meta: abstract),
+                           'no checkpoint', 'is valid')
+        assert 'is damaged' in out.getvalue() and 'it is not used' in out.getvalue()
 
 
 @area('checkpoint round trip')

@@ -153,6 +153,7 @@ get_batch = partial(utils.get_train_batch, mesh, data_dir, global_batch_size, gr
 
 def create_state():
     """Returns (training state on the mesh's devices, model_args) for init_from."""
+    global iter_num, best_val_loss, saved
     model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                       bias=bias, vocab_size=meta_vocab_size or 50304, dropout=dropout)
     if init_from == 'scratch':
@@ -161,9 +162,14 @@ def create_state():
             print('defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)')
         return utils.init_train_state(GPTConfig(**model_args), tx, seed, mesh), model_args
     if init_from == 'resume':
+        # only now are the arrays read: if they are damaged, an earlier checkpoint is resumed
+        latest = iter_num
+        iter_num, saved, state = resume_from.load('latest', lambda saved:
+            utils.abstract_train_state(GPTConfig(**saved['model_args']), tx, mesh))
+        best_val_loss = saved['best_val_loss']
+        if iter_num < latest:
+            print(f'Resuming training from {out_dir}, from iteration {iter_num}')
         model_args = saved['model_args'] | dict(dropout=dropout)
-        abstract = utils.abstract_train_state(GPTConfig(**model_args), tx, mesh)
-        state = resume_from.state(iter_num, abstract)
         if block_size < model_args['block_size']:
             state = utils.crop_state(state, block_size, mesh)
             model_args['block_size'] = block_size

@@ -1,9 +1,10 @@
 """
 Checkpoints: out_dir/<iter_num>/ with the items params, optimizer (its state and the loss scale) and
-meta (JSON), written by Orbax in the background and renamed into place once complete, with the
-checksums of their files. They hold arrays and JSON only, so reading one runs no code.
+meta (JSON, with a checksum of each array), written by Orbax in the background and renamed into
+place once complete. They hold arrays and JSON only, so reading one runs no code.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -11,8 +12,11 @@ import logging
 import os
 import sys
 import time
+import warnings
+import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -20,50 +24,85 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from nanogpt_jax.errors import UserError
 
-# orbax warns about every save without a metric, and logs at length what it raises as well
-logging.getLogger('absl').setLevel(logging.CRITICAL)
+# orbax warns about every save without a metric, and logs at length what it raises as well; when one
+# of its reads fails, asyncio and Python complain that nobody waited for the others
+for logger in ('absl', 'asyncio'):
+    logging.getLogger(logger).setLevel(logging.CRITICAL)
+warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
 
-CHECKSUMS = 'checksums.json'
+ARRAYS = 'params', 'optimizer'  # the items with arrays
 VAL_LOSS = 'val_loss.json'
 
 
-def checksums_of(folder):
-    """{relative path: SHA-256} of the files of a checkpoint's items; the others are Orbax's own."""
-    sums = {}
-    for item in (e.path for e in os.scandir(folder) if e.is_dir()):
-        for root, _, names in os.walk(item):
-            for path in (os.path.join(root, name) for name in names):
-                with open(path, 'rb') as f:
-                    digest = hashlib.file_digest(f, 'sha256').hexdigest()
-                sums[os.path.relpath(path, folder)] = digest
-    return sums
+class DamagedError(UserError):
+    """A checkpoint cannot be read, or is not what was saved."""
 
 
-def find_damage(folder):
-    """What is wrong with a checkpoint's files, as text, or None; reads each for its checksum."""
-    try:
-        with open(os.path.join(folder, CHECKSUMS), encoding='utf-8') as f:
-            expected = json.load(f)
-        found = checksums_of(folder)
-    except FileNotFoundError:
-        return f'it has no {CHECKSUMS}, so it was never finished'
-    except (OSError, ValueError) as e:
-        return f'{type(e).__name__}: {e}'
-    if not (isinstance(expected, dict) and expected):
-        return f'{CHECKSUMS} names no files'
-    wrong = sorted(path for path in expected if found.get(path) != expected[path])
-    if not wrong:
-        return None
-    return f'{wrong[0]} is {"changed" if wrong[0] in found else "missing"}'
+# -----------------------------------------------------------------------------
+# checksums
 
+@jax.jit
+def checksum(a):
+    """The sum, modulo 2**32, of a hash of each word of an array and its position.
 
-def hide_closed_loop(unraisable):
-    """sys.unraisablehook that is silent about closed event loops.
-
-    When one write of a save fails, tensorstore's other threads print dozens of lines about theirs;
-    the failure itself is raised by check().
+    The same however the array is sharded; each device reads its own shard only. A change of one
+    word always changes it, since the hash is invertible; of other damage it misses one in 2**32,
+    like a CRC.
     """
-    if str(unraisable.exc_value) != 'Event loop is closed':
+    position = jnp.uint32(0)
+    for dim in range(a.ndim):
+        index = jax.lax.broadcasted_iota(jnp.uint32, a.shape, dim)
+        position = position * jnp.uint32(0x9E3779B1) + index
+    words = jax.lax.bitcast_convert_type(a, f'uint{8 * a.dtype.itemsize}').astype(jnp.uint32)
+    h = words + position * jnp.uint32(0x9E3779B1)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)  # the last steps of MurmurHash3
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+
+def checksums_of(tree):
+    return [int(c) for c in jax.device_get([checksum(a) for a in jax.tree.leaves(tree)])]
+
+
+def seal(values):
+    """values, a dict for a JSON file, with a checksum that unseal looks at."""
+    return values | {'crc32': zlib.crc32(json.dumps(values, sort_keys=True).encode())}
+
+
+def unseal(values):
+    values = dict(values)
+    crc32 = values.pop('crc32')
+    if seal(values)['crc32'] != crc32:
+        raise ValueError('its JSON is changed')
+    return values
+
+
+def check_files(folder, item):
+    """Raise ValueError if a file of an item has another SHA-256 than checksums.json says.
+
+    Checkpoints have had that file until their arrays and their JSON got checksums of their own.
+    """
+    with open(os.path.join(folder, 'checksums.json'), encoding='utf-8') as f:
+        expected = {path: digest for path, digest in json.load(f).items()
+                    if path.split(os.sep)[0] == item}
+    if not expected:
+        raise ValueError(f'its checksums.json names no files of {item}')
+    for path, digest in expected.items():
+        with open(os.path.join(folder, path), 'rb') as f:
+            if hashlib.file_digest(f, 'sha256').hexdigest() != digest:
+                raise ValueError(f'{path} is changed')
+
+
+# -----------------------------------------------------------------------------
+
+def hide_orbax_coroutines(unraisable):
+    """sys.unraisablehook that is silent about coroutines and closed event loops.
+
+    When one read or write of orbax's fails, those of its other threads print dozens of lines; the
+    failure itself is raised.
+    """
+    if not (asyncio.iscoroutine(unraisable.object)
+            or str(unraisable.exc_value) == 'Event loop is closed'):
         sys.__unraisablehook__(unraisable)
 
 
@@ -107,20 +146,24 @@ class Checkpoints:
                             'or give another --out_dir')
         self.out_dir = out_dir
         self.blocked, self.saves = 0.0, 0  # seconds spent in save(), and number of calls
-        self.val_losses = {step: self._read_val_loss(step) for step in self.steps()}
-        sys.unraisablehook = hide_closed_loop
+        self.val_losses = {}
+        sys.unraisablehook = hide_orbax_coroutines
         options = ocp.CheckpointManagerOptions(
             preservation_policy=KeepLatestAndBest(self.best), read_only=read_only,
-            cleanup_tmp_directories=not read_only,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums))
+            cleanup_tmp_directories=not read_only)
+        # zstd takes most of a save's processor time, and makes it a few percent smaller
+        registry = ocp.handlers.create_default_handler_registry(
+            **{item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ARRAYS})
         try:
-            self.manager = Manager(os.path.abspath(out_dir), options=options)
+            self.manager = Manager(os.path.abspath(out_dir), options=options,
+                                   handler_registry=registry)
             if not read_only and not os.access(out_dir, os.W_OK | os.X_OK):
                 raise PermissionError('no permission')
         except OSError as e:
             raise UserError(f'cannot write to {out_dir}: {e}; choose another --out_dir') from e
         if read_only and not self.steps():
             raise UserError(f'no checkpoint in {out_dir}: train first, or give another --out_dir')
+        self.val_losses = {step: self._read_val_loss(step) for step in self.steps()}
 
     def __enter__(self):
         return self
@@ -129,30 +172,6 @@ class Checkpoints:
         # when another process has died, waiting for it would take until the heartbeat timeout
         if kind is None or issubclass(kind, UserError) or not jax.distributed.is_initialized():
             self.close()
-
-    def _write_checksums(self):
-        # orbax calls this in its background thread once all files are written, before it renames
-        # their folder
-        if jax.process_index() != 0:
-            return
-        for entry in os.scandir(self.manager.directory):
-            if '.orbax-checkpoint-tmp' in entry.name:
-                sums = checksums_of(entry.path)
-                with open(os.path.join(entry.path, CHECKSUMS), 'w', encoding='utf-8') as f:
-                    json.dump(sums, f, indent=1)
-                self._write_val_loss(entry.path, int(entry.name.split('.')[0]))
-
-    def _write_val_loss(self, folder, step):
-        if self.val_losses[step] is not None:
-            with open(os.path.join(folder, VAL_LOSS), 'w', encoding='utf-8') as f:
-                json.dump(self.val_losses[step], f)
-
-    def _read_val_loss(self, step):
-        try:
-            with open(os.path.join(self.folder(step), VAL_LOSS), encoding='utf-8') as f:
-                return float(json.load(f))
-        except (OSError, ValueError, TypeError):
-            return None  # not evaluated at that iteration, or damaged: then it is not the best
 
     def steps(self):
         return steps_on_disk(self.out_dir)
@@ -169,7 +188,7 @@ class Checkpoints:
     # writing
 
     def save(self, state, iter_num, best_val_loss, model_args, config, chars, val_loss=None):
-        """Save what nanoGPT's checkpoints hold; waits for the copy off the device only.
+        """Save what nanoGPT's checkpoints hold; waits for checksums and the copy off the device.
 
         chars: the characters of the vocabulary, or None for GPT-2's BPE. val_loss: the validation
         loss at this iteration if it was evaluated; the checkpoint can then be the best. Raises
@@ -177,14 +196,14 @@ class Checkpoints:
         """
         self.check()
         t0, self.val_losses[iter_num] = time.time(), val_loss
+        arrays = split_items(state)
         meta = dict(iter_num=iter_num, best_val_loss=best_val_loss, model_args=model_args,
-                    config=config, chars=chars)
-        params, optimizer = split_items(state)
+                    config=config, chars=chars, val_loss=val_loss,
+                    checksums={item: checksums_of(tree) for item, tree in arrays.items()})
         try:
-            items = ocp.args.Composite(params=ocp.args.StandardSave(params),
-                                       optimizer=ocp.args.StandardSave(optimizer),
-                                       meta=ocp.args.JsonSave(meta))
-            saved = self.manager.save(iter_num, args=items)
+            saved = self.manager.save(iter_num, args=ocp.args.Composite(
+                meta=ocp.args.JsonSave(seal(meta)),
+                **{item: ocp.args.PyTreeSave(tree) for item, tree in arrays.items()}))
         except Exception as e:  # errors of the file system arrive as many types
             raise self._failed(e) from e
         self.blocked, self.saves = self.blocked + time.time() - t0, self.saves + 1
@@ -196,7 +215,21 @@ class Checkpoints:
         """Add the validation loss of a checkpoint that was saved without one."""
         self.val_losses[step] = val_loss
         if jax.process_index() == 0:
-            self._write_val_loss(self.folder(step), step)
+            with open(os.path.join(self.folder(step), VAL_LOSS), 'w', encoding='utf-8') as f:
+                json.dump(seal({'val_loss': val_loss}), f)
+
+    def _read_val_loss(self, step):
+        """The validation loss of a checkpoint, or None: not evaluated, or damaged."""
+        path = os.path.join(self.folder(step), VAL_LOSS)
+        try:
+            if not os.path.exists(path):
+                return self.meta(step).get('val_loss')
+            with open(path, encoding='utf-8') as f:
+                val_loss = json.load(f)
+            # a bare number in checkpoints that have a checksums.json
+            return val_loss if isinstance(val_loss, float) else unseal(val_loss)['val_loss']
+        except Exception:  # orbax raises many types
+            return None
 
     def check(self):
         """Raise UserError if a save in the background has failed."""
@@ -214,7 +247,7 @@ class Checkpoints:
             raise self._failed(e) from e
 
     def _failed(self, error):
-        text = ' '.join(str(error).split())
+        text = one_line(error)
         text = text if len(text) < 300 else '...' + text[-300:]  # the cause is at the end
         return UserError(f'saving to {self.out_dir} failed: {text}; {self.describe_valid()}')
 
@@ -222,10 +255,10 @@ class Checkpoints:
         """Which checkpoint a failed run can be resumed from, as text; waits for the last save."""
         with contextlib.suppress(Exception):  # check() and close() report it
             self.manager.wait_until_finished()
-        valid = [step for step in self.steps() if find_damage(self.folder(step)) is None]
-        if not valid:
+        try:
+            return f'checkpoint {self.latest_valid_step()} is complete and can be resumed from'
+        except UserError:
             return 'no checkpoint was saved yet'
-        return f'checkpoint {valid[-1]} is valid and can be resumed from'
 
     def quarantine_after(self, step):
         """Rename checkpoints after `step` to damaged-<iter_num>-<time>.
@@ -243,79 +276,125 @@ class Checkpoints:
     # -------------------------------------------------------------------------
     # reading
 
+    def metas(self):
+        """({iteration: meta}, latest first, {iteration: DamagedError} of those without)."""
+        intact, damaged = {}, {}
+        for step in reversed(self.steps()):
+            try:
+                intact[step] = self.meta(step)
+            except Exception as e:  # of many types
+                damaged[step] = self._damaged(step, e)
+        return intact, damaged
+
     def latest_valid_step(self):
-        """The latest iteration whose files are intact; prints which are not.
+        """The latest iteration whose meta is intact; its arrays are checked when they are read.
 
-        Process 0 reads the files and broadcasts the result. Raises UserError if no checkpoint is
-        valid.
+        Raises UserError if there is none.
         """
-        valid = -1
-        for step in reversed(self.steps()) if jax.process_index() == 0 else ():
-            damage = find_damage(self.folder(step))
-            if damage is None:
-                valid = step
-                break
-            self._warn_of_damage(step, damage)
-        valid = int(multihost_utils.broadcast_one_to_all(np.int32(valid)))
-        if valid < 0:
-            raise UserError(f'no checkpoint in {self.out_dir} is valid; '
-                            'start again with another --out_dir')
-        return valid
+        intact, damaged = self.metas()
+        return next(iter(intact)) if intact else self._give_up(damaged.values())
 
-    def _warn_of_damage(self, step, damage):
-        print(f'WARNING: checkpoint {self.folder(step)} is damaged and not used: {damage}')
-
-    def find(self, checkpoint='auto'):
-        """The iteration of a checkpoint: 'latest', 'best', a number, or 'auto'.
+    def candidates(self, checkpoint='auto'):
+        """The iterations that 'latest', 'best', a number or 'auto' stands for, first choice first.
 
         auto is the best if the run saved improvements only (as nanoGPT's single file would be),
-        else the latest. latest and auto fall back to the latest valid one. Raises UserError for
-        a checkpoint that is absent or damaged.
+        else the latest. Warns of those whose meta is damaged. Raises UserError for a checkpoint
+        that is absent.
         """
-        if checkpoint in ('auto', 'latest'):
-            latest = self.latest_valid_step()
-            saves_all = self.meta(latest)['config']['always_save_checkpoint']
-            if checkpoint == 'latest' or saves_all or self.best() is None:
-                return latest
-        number = int(checkpoint) if checkpoint.isdecimal() else None
-        if checkpoint not in ('auto', 'best') and number not in self.steps():
+        if checkpoint in map(str, self.steps()):
+            return [int(checkpoint)]
+        if checkpoint not in ('auto', 'latest', 'best'):
             raise UserError(f'no checkpoint {checkpoint!r} in {self.out_dir}: give auto, latest, '
                             f'best, or one of {self.steps()}')
-        if checkpoint == 'best' and self.best() is None:
+        best, (intact, damaged) = self.best(), self.metas()
+        warn(*damaged.values())
+        if checkpoint == 'best' and best is None:
             raise UserError(f'no checkpoint in {self.out_dir} has a validation loss, so none is '
                             'the best; use --checkpoint=latest')
-        step = self.best() if number is None else number
-        damage = find_damage(self.folder(step))
-        if damage and checkpoint == 'auto':
-            self._warn_of_damage(step, damage)
-            return latest
-        if damage:
-            raise UserError(f'checkpoint {self.folder(step)} is damaged: {damage}; '
-                            'try --checkpoint=latest')
-        return step
+        if checkpoint == 'best':
+            return [best]
+        latest = next(iter(intact.values()), None)
+        if checkpoint == 'auto' and latest and not latest['config']['always_save_checkpoint']:
+            return sorted(intact, key=lambda step: step != best)
+        return list(intact)
+
+    def load(self, checkpoint, abstract_of):
+        """(iteration, meta, arrays) of the first of a checkpoint's candidates that is intact.
+
+        abstract_of: from meta to a training state as a tree of jax.ShapeDtypeStruct with shardings,
+        or to its params only: {'params': ...}. The number of devices that wrote it does not matter.
+        Warns of damaged checkpoints. Raises UserError if none is intact.
+        """
+        for step in self.candidates(checkpoint):
+            try:
+                meta = self._read(step, self.meta)
+                abstract = split_items(abstract_of(meta))
+                arrays = self._read(step, self.restore, meta, abstract)
+                self._compare(step, meta, arrays)
+                return step, meta, {'params': arrays['params'], **arrays.get('optimizer', {})}
+            except DamagedError as e:
+                if checkpoint not in ('auto', 'latest'):
+                    raise UserError(f'{e}; try --checkpoint=latest') from e
+                warn(e)
+        self._give_up()
+
+    def _give_up(self, damaged=()):
+        warn(*damaged)
+        raise UserError(f'no checkpoint in {self.out_dir} is valid; '
+                        'start again with another --out_dir')
+
+    def _read(self, step, read, *args):
+        """read(step, *args). Raises DamagedError on all processes if it fails on one of them."""
+        try:
+            result, damage = read(step, *args), None
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # says nothing about the checkpoint
+        except Exception as e:  # of many types
+            result, damage = None, e
+        if not np.all(multihost_utils.process_allgather(np.array(damage is None))):
+            raise self._damaged(step, damage or OSError('another process cannot read it'))
+        return result
+
+    def _compare(self, step, meta, arrays):
+        for item in arrays if 'checksums' in meta else ():
+            if checksums_of(arrays[item]) != meta['checksums'][item]:
+                raise self._damaged(step, ValueError(f'its {item} are not what was saved'))
+
+    def _damaged(self, step, e):
+        return DamagedError(f'checkpoint {self.folder(step)} is damaged: {type(e).__name__}: '
+                            + one_line(e)[:300])
+
+    # the handlers are called without self.manager, whose restore() waits for all processes even if
+    # one of them has failed
 
     def meta(self, step):
-        """The JSON part: iter_num, best_val_loss, model_args, config, chars."""
-        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self.manager.restore(step, args=items)['meta']
+        """The JSON part: iter_num, best_val_loss, model_args, config, chars. Raises any error."""
+        folder = self.manager.directory / str(step)
+        meta = ocp.JsonCheckpointHandler().restore(folder / 'meta')
+        if 'crc32' in meta:
+            return unseal(meta)
+        check_files(folder, 'meta')
+        return meta
 
-    def params(self, step, abstract):
-        """The parameters, into a tree of jax.ShapeDtypeStruct with shardings."""
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self.manager.restore(step, args=items)['params']
-
-    def state(self, step, abstract):
-        """The training state, into a tree of jax.ShapeDtypeStruct with shardings.
-
-        The number of devices that wrote it does not matter.
-        """
-        params, optimizer = split_items(abstract)
-        items = self.manager.restore(step, args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            optimizer=ocp.args.StandardRestore(optimizer)))
-        return {'params': items['params'], **items['optimizer']}
+    def restore(self, step, meta, abstract):
+        """The items that abstract has; load checks their arrays. Raises any error."""
+        folder = self.manager.directory / str(step)
+        for item in abstract if 'checksums' not in meta else ():
+            check_files(folder, item)
+        return {item: ocp.StandardCheckpointHandler().restore(
+            folder / item, args=ocp.args.StandardRestore(tree)) for item, tree in abstract.items()}
 
 
 def split_items(state):
-    """A training state as two items of a checkpoint: the parameters, and all else."""
-    return state['params'], {k: v for k, v in state.items() if k != 'params'}
+    """A training state as the items of a checkpoint that hold arrays: parameters, and all else."""
+    rest = {k: v for k, v in state.items() if k != 'params'}
+    return {'params': state['params']} | ({'optimizer': rest} if rest else {})
+
+
+def one_line(error):
+    return ' '.join(str(error).split())
+
+
+def warn(*damaged):
+    for damage in damaged:
+        print(f'WARNING: {damage}; it is not used')

@@ -292,9 +292,12 @@ def one_line_error(result, *words, alone=False):
 
 def saved(folder, out_dir, step):
     """(training state, meta) of a checkpoint, as numpy arrays."""
-    checkpoints = Checkpoints(folder / out_dir, read_only=True)
-    meta = checkpoints.meta(step)
+    _, meta, state = Checkpoints(folder / out_dir, read_only=True).load(str(step), abstract_state)
+    return jax.tree.map(np.array, state), meta
+
+
+def abstract_state(meta):
+    """The training state that a checkpoint with this meta holds, on one device."""
     tx = utils.create_optimizer(lambda it: 0.0, 0.1, (0.9, 0.95), 1.0)
     mesh = make_mesh(jax.devices()[:1])
-    abstract = utils.abstract_train_state(GPTConfig(**meta['model_args']), tx, mesh)
-    return jax.tree.map(np.array, checkpoints.state(step, abstract)), meta
+    return utils.abstract_train_state(GPTConfig(**meta['model_args']), tx, mesh)

@@ -257,6 +257,27 @@ def test_a_dead_process_ends_the_others_and_the_run_can_be_resumed(
     assert int(ITER.findall(out)[0][0]) % 20 == 0 and 'iter 120:' in out
 
 
+def test_what_one_process_cannot_read_is_resumed_by_none(folder):
+    train(folder, '--max_iters=5', '--always_save_checkpoint=False')
+    code = textwrap.dedent('''
+        import os, runpy
+        import orbax.checkpoint as ocp
+        restore = ocp.StandardCheckpointHandler.restore
+        def failing(self, directory, *args, **kwargs):
+            if directory.parent.name == '6' and os.environ['JAX_PROCESS_ID'] == '1':
+                raise ValueError('DATA_LOSS')
+            return restore(self, directory, *args, **kwargs)
+        ocp.StandardCheckpointHandler.restore = failing
+        runpy.run_path(ROOT + '/train_jax.py', run_name='__main__')
+    ''').replace('ROOT', repr(ROOT))
+    started = start_processes(folder, 2, *RESUME, '--fsdp=2', '--max_iters=7',
+                              command=[sys.executable, '-c', code])
+    (out, err), (_, other) = (process.communicate(timeout=120) for process in started)
+    assert [process.returncode for process in started] == [0, 0], err + other
+    assert '6 is damaged: OSError: another process cannot read it; it is not used' in out
+    assert [n for n, *_ in ITER.findall(out)] == ['4', '5', '6', '7']
+
+
 @pytest.mark.parametrize('env, words', [
     ({'JAX_NUM_PROCESSES': 'two', 'JAX_PROCESS_ID': '0'}, ["'two'"]),
     ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '2'}, ["'2'", 'index of this one, from 0']),

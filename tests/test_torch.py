@@ -35,11 +35,9 @@ def convert(folder, *args):
 def latest_state(out_dir, tx):
     """(graphdef in training mode, training state, meta) of the latest checkpoint of a run."""
     checkpoints = Checkpoints(out_dir, read_only=True)
-    step = checkpoints.latest_valid_step()
-    meta = checkpoints.meta(step)
-    config = GPTConfig(**meta['model_args'])
-    abstract = utils.abstract_train_state(config, tx, make_mesh(jax.devices()[:1]))
-    return utils.split_model(config)[1], checkpoints.state(step, abstract), meta
+    _, meta, state = checkpoints.load('latest', lambda meta: utils.abstract_train_state(
+        GPTConfig(**meta['model_args']), tx, make_mesh(jax.devices()[:1])))
+    return utils.split_model(GPTConfig(**meta['model_args']))[1], state, meta
 
 
 def any_optimizer():
