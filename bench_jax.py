@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 import jax_train_utils as utils
 from jax_transformer import GPT, GPTConfig
 from nanogpt_jax import devices as machine
 from nanogpt_jax import sharding
 from nanogpt_jax.errors import report_user_error
-from nanogpt_jax.sampling import sampling_weights
+from nanogpt_jax.sampling import check_sampling_memory, sampling_weights
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 # -----------------------------------------------------------------------------
@@ -72,7 +73,9 @@ def median_time(f, n):
         times.append(time.time() - t0)
     return float(np.median(times))
 
+utils.check_model_memory(gptconf, mesh, 'the weights', 4)
 if max_new_tokens:
+    check_sampling_memory(gptconf, batch_size, 1, max_new_tokens)
     model = GPT(gptconf, rngs=nnx.Rngs(seed))
     idx = np.zeros((batch_size, 1), np.int32)
     def generate():
@@ -97,6 +100,9 @@ micro_batch_size = sharding.choose_micro_batch_size(
     batch_size, block_size, n_embd, devices[0].platform)
 _, grad_accum_steps = sharding.split_global_batch(
     global_batch_size, micro_batch_size, n_devices=1)
+if cost := sharding.describe_small_micro_batches(
+        global_batch_size, micro_batch_size, 1, grad_accum_steps):
+    print(cost)
 data_dir = os.path.join('data', dataset)
 if real_data:
     utils.count_tokens(data_dir, 'train', block_size)
@@ -104,7 +110,7 @@ if real_data:
 def get_batch(iter_num):
     if real_data:
         return utils.get_train_batch(mesh, data_dir, global_batch_size, grad_accum_steps,
-                                     block_size, seed, iter_num)
+                                     block_size, seed, iter_num, vocab_size)
     return fixed_batch
 shape = grad_accum_steps, global_batch_size // grad_accum_steps, block_size
 tokens = np.random.default_rng(seed).integers(vocab_size, size=(2, *shape), dtype=np.int32)

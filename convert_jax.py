@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and -I leave it out
 from jax_train_utils import (
     Checkpoints, abstract_train_state, create_optimizer, create_train_state, split_model,
 )

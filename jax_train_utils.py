@@ -4,7 +4,6 @@ steps, and what a resumed run takes from its checkpoint. Functions with explicit
 reads a global setting.
 """
 
-import json
 import math
 import os
 from functools import partial
@@ -21,7 +20,7 @@ from jax_transformer import GPT
 from nanogpt_jax.checkpoint import Checkpoints as Checkpoints
 from nanogpt_jax.checkpoint import steps_on_disk as steps_on_disk
 from nanogpt_jax.devices import on_host
-from nanogpt_jax.errors import UserError
+from nanogpt_jax.errors import UserError, check_memory
 from nanogpt_jax.sharding import (
     batch_sharding, gather_params, make_mesh, partition_specs, shard_batch, shardings,
 )
@@ -77,6 +76,8 @@ def create_optimizer(schedule, weight_decay, betas, grad_clip):
 # data: raw uint16 token ids in data/<dataset>/train.bin and val.bin
 
 TRAIN, EVAL = 0, 1  # purposes that batches are drawn for
+ALL_IDS = 2 ** 16  # a vocabulary that has every uint16
+TOKENS_AT_START = 2 ** 24  # of each split, 32 MB: checked before anything is computed
 
 
 def batch_offsets(n, n_offsets, seed, iter_num, purpose):
@@ -90,9 +91,10 @@ def batch_offsets(n, n_offsets, seed, iter_num, purpose):
 def count_tokens(data_dir, split, block_size):
     """Number of tokens in a split. Raises UserError if no batch can be drawn from it."""
     path = os.path.join(data_dir, f'{split}.bin')
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
+        found = 'is no file' if os.path.exists(path) else 'does not exist'
         hint = '. That is large; for a first run see config/train_pydoc_char.py'
-        raise UserError(f'{path} does not exist: prepare the data first, with python '
+        raise UserError(f'{path} {found}: prepare the data first, with python '
                         + os.path.join(data_dir, 'prepare.py')
                         + (hint if data_dir.endswith('openwebtext') else ''))
     size = os.path.getsize(path)
@@ -102,77 +104,68 @@ def count_tokens(data_dir, split, block_size):
     return size // 2
 
 
-def largest_token(path):
-    """The largest token id in a .bin file, read in bounded memory.
-
-    Cached in <path>.max, with the file's size and modification time.
-    """
-    stat = os.stat(path)
-    stamp, cache = [stat.st_size, stat.st_mtime_ns], path + '.max'
-    try:
-        with open(cache, encoding='utf-8') as f:
-            known = json.load(f)
-        if known['stamp'] == stamp:
-            return known['max']
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # absent, or not written by this function
-    largest, chunk = 0, 2 ** 24  # 32 MB at a time
-    for start in range(0, stat.st_size // 2, chunk):
-        tokens = np.fromfile(path, np.uint16, count=chunk, offset=2 * start)
-        largest = max(largest, int(tokens.max()))
-    try:
-        with open(cache, 'w', encoding='utf-8') as f:
-            json.dump({'stamp': stamp, 'max': largest}, f)
-    except OSError:
-        pass  # a read-only folder: not cached
-    return largest
-
-
 def check_tokens(data_dir, vocab_size, splits=('train', 'val')):
-    """Raise UserError if a split has a token id outside the model's vocabulary."""
+    """Raise UserError if a split's first TOKENS_AT_START ids are not all below vocab_size.
+
+    In a larger file the others are checked as they are read, by read_sequences.
+    """
     for split in splits:
         path = os.path.join(data_dir, f'{split}.bin')
-        largest = largest_token(path)
-        if largest >= vocab_size:
-            raise UserError(f"{path} has the token id {largest}, but the model's vocabulary ends "
-                            f'at {vocab_size - 1}: prepare the data again, or train a model with '
-                            "the data's vocabulary")
+        try:
+            check_ids(path, np.fromfile(path, np.uint16, count=TOKENS_AT_START), vocab_size)
+        except OSError as e:
+            raise UserError(f'cannot read {path} ({e.strerror or e})') from e
 
 
-def read_sequences(data_dir, split, offsets, block_size):
-    """The block_size + 1 tokens that start at each offset (n,): int32 (n, block_size + 1)."""
+def check_ids(path, tokens, vocab_size):
+    """Raise UserError if a token id of a file is outside the model's vocabulary."""
+    # JAX would take the embedding of another id for it, without an error
+    if (largest := tokens.max(initial=0)) >= vocab_size:
+        raise UserError(f"{path} has the token id {largest}, but the model's vocabulary ends at "
+                        f"{vocab_size - 1}: prepare the data again, or train a model with the "
+                        "data's vocabulary")
+
+
+def read_sequences(data_dir, split, offsets, block_size, vocab_size=ALL_IDS):
+    """The block_size + 1 tokens that start at each offset (n,): int32 (n, block_size + 1).
+
+    Raises UserError for an id that is not below vocab_size.
+    """
+    path, sequences = os.path.join(data_dir, f'{split}.bin'), []
     # read() instead of a memory map: a new map per batch costs more in page faults than reading,
     # and a map that stays open counts all pages it ever read as this process's memory
-    with open(os.path.join(data_dir, f'{split}.bin'), 'rb', buffering=0) as f:
-        sequences = []
+    with open(path, 'rb', buffering=0) as f:
         for offset in offsets:
             f.seek(2 * int(offset))
             sequences.append(f.read(2 * (block_size + 1)))
     tokens = np.frombuffer(b''.join(sequences), np.uint16)
+    check_ids(path, tokens, vocab_size)
     return tokens.reshape(len(offsets), block_size + 1).astype(np.int32)
 
 
-def load_batch(mesh, data_dir, split, offsets, block_size):
+def load_batch(mesh, data_dir, split, offsets, block_size, vocab_size=ALL_IDS):
     """x, y on the mesh's devices for offsets (n, B): int32 (n, B, block_size), y one token ahead.
 
     A negative offset stands for padding: a sequence whose targets are all -1. Each process reads
-    the sequences of its own devices only.
+    the sequences of its own devices only. Raises UserError for an id that is not below vocab_size.
     """
     tokens = np.zeros((*offsets.shape, block_size + 1), np.int32)
     sharding = batch_sharding(mesh, tokens.ndim)  # splits B, so it fits offsets too
     for index in sharding.addressable_devices_indices_map(offsets.shape).values():
-        own = read_sequences(data_dir, split, offsets[index].clip(0).ravel(), block_size)
+        own = read_sequences(data_dir, split, offsets[index].clip(0).ravel(), block_size,
+                             vocab_size)
         tokens[index] = own.reshape(*offsets[index].shape, -1)
     x, y = tokens[..., :-1], np.where(offsets[..., None] < 0, -1, tokens[..., 1:])
     return shard_batch(mesh, x, y)
 
 
 def get_train_batch(mesh, data_dir, global_batch_size, grad_accum_steps, block_size, seed,
-                    iter_num):
+                    iter_num, vocab_size=ALL_IDS):
     """x, y of an optimizer step on the mesh's devices: int32 (grad_accum_steps, B, block_size)."""
     n_offsets = count_tokens(data_dir, 'train', block_size) - block_size
     offsets = batch_offsets(global_batch_size, n_offsets, seed, iter_num, TRAIN)
-    return load_batch(mesh, data_dir, 'train', offsets.reshape(grad_accum_steps, -1), block_size)
+    return load_batch(mesh, data_dir, 'train', offsets.reshape(grad_accum_steps, -1), block_size,
+                      vocab_size)
 
 
 # -----------------------------------------------------------------------------
@@ -210,8 +203,19 @@ def create_train_state(model, tx, mesh=None):
     return jax.jit(create, out_shardings=out_shardings, donate_argnums=0)(params)
 
 
+def check_model_memory(config, mesh, what, bytes_per_weight):
+    """Raise UserError if a model does not fit into the memory of a CPU's machine."""
+    if mesh.devices.flat[0].platform == 'cpu':  # other devices refuse at once what they cannot hold
+        n_params = config.n_embd * (config.vocab_size + config.block_size
+                                    + 12 * config.n_layer * config.n_embd)  # without biases
+        check_memory(bytes_per_weight * n_params / mesh.shape['fsdp'], what,
+                     'lower n_layer, n_embd, vocab_size or block_size')
+
+
 def init_train_state(config, tx, seed, mesh):
     """The training state of a new model, initialized on the mesh's devices."""
+    check_model_memory(config, mesh, 'the weights and their two moments of AdamW', 12)
+
     def init():
         return create_train_state(GPT(config, rngs=nnx.Rngs(seed)), tx)
     return jax.jit(init, out_shardings=shardings(jax.eval_shape(init), mesh))()
@@ -372,11 +376,12 @@ def make_eval_step(graphdef, mesh=None):
 
 
 def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, block_size,
-                  micro_batch_size, progress=lambda items, description: items):
+                  micro_batch_size, progress=lambda items, description: items, vocab_size=ALL_IDS):
     """{'train': loss, 'val': loss}: means over eval_iters batches, the same batches in every run.
 
     micro_batch_size: the most sequences that a device processes at a time. progress(items,
-    description): wraps the loop over the parts of an evaluation.
+    description): wraps the loop over the parts of an evaluation. Raises UserError for an id in the
+    data that is not below vocab_size.
     """
     means = {}
     for split in ('train', 'val'):
@@ -388,7 +393,8 @@ def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, blo
         B = min(mesh.size * micro_batch_size, math.ceil(len(offsets) / mesh.size) * mesh.size)
         offsets = np.pad(offsets, (0, -len(offsets) % B), constant_values=-1).reshape(-1, B)
         n_parts = max(n for n in range(1, 21) if len(offsets) % n == 0)
-        results = [eval_step(params, *load_batch(mesh, data_dir, split, part, block_size))
+        results = [eval_step(params, *load_batch(mesh, data_dir, split, part, block_size,
+                                                 vocab_size))
                    for part in np.split(offsets, n_parts)]
         losses, counts = zip(*[jax.device_get(result)
                                for result in progress(results, f'evaluating {split}')])
@@ -400,19 +406,33 @@ def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, blo
 # -----------------------------------------------------------------------------
 # settings, and what a resumed run takes from its checkpoint
 
+FLOAT32_END = 2.0 ** 128 - 2.0 ** 103  # from here on float32 rounds to inf
+NEAREST_ONE = 1 - 2.0 ** -25  # and from here on to 1
+
+
 def check_settings(config):
     """Raise UserError for numbers that no run can use, among the settings that config has."""
-    at_least = dict(
-        eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1,
-        block_size=1, n_layer=1, n_head=1, n_embd=1, seed=0, max_iters=0, warmup_iters=0,
-        lr_decay_iters=0, learning_rate=0, min_lr=0, weight_decay=0, grad_clip=0, beta1=0, beta2=0,
-        fsdp=1)
-    for name, least in at_least.items():
-        if name in config and not least <= config[name] < math.inf:
-            raise UserError(f'{name} is {config[name]}; it must be at least {least} and finite')
-    for name, bound in (('beta1', 1), ('beta2', 1), ('seed', 2 ** 32)):
-        if config.get(name, 0) >= bound:
-            raise UserError(f'{name} is {config[name]}; it must be below {bound}')
+    counts = ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps',
+              'batch_size', 'fsdp')
+    ranges = dict.fromkeys(counts, (1, math.inf))
+    # of arrays, whose indices are int32; each layer is traced and compiled by itself
+    ranges |= dict.fromkeys(('block_size', 'n_head', 'n_embd'), (1, 2 ** 31)) | dict(
+        n_layer=(1, 10 ** 4), vocab_size=(0, 2 ** 31), max_new_tokens=(0, 2 ** 31))
+    # the devices count iterations in int32
+    ranges |= dict.fromkeys(('max_iters', 'warmup_iters', 'lr_decay_iters'), (0, 2 ** 31))
+    ranges |= dict.fromkeys(('learning_rate', 'min_lr', 'weight_decay', 'grad_clip'),
+                            (0, FLOAT32_END))
+    ranges |= dict(beta1=(0, NEAREST_ONE), beta2=(0, NEAREST_ONE), seed=(0, 2 ** 32))
+    for name, (least, end) in ranges.items():
+        if name in config and not least <= config[name] < end:
+            below = ('' if end == math.inf else f' and below {end}' if isinstance(end, int) else
+                     f' and below {end:g} in float32')
+            raise UserError(f'{name} is {config[name]}; it must be at least {least}{below}')
+    for name in ('gradient_accumulation_steps', 'eval_iters'):  # the sequences read at a time
+        if name in config:
+            factors = config[name], config['batch_size'], config['block_size']
+            check_memory(8 * math.prod(factors), f'the token ids of {name} * batch_size * '
+                         f'block_size = {" * ".join(map(str, factors))}', 'lower one of them')
 
 
 def crop_state(state, block_size, mesh):

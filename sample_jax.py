@@ -5,6 +5,7 @@ $ python sample_jax.py --init_from=gpt2-xl --start="FILE:prompt.txt" --num_sampl
 $ python sample_jax.py --out_dir=out-pydoc-char --interactive=True --stream=True
 """
 
+import os
 import sys
 import time
 
@@ -13,11 +14,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jax_train_utils import Checkpoints, abstract_train_state, split_model
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
+from jax_train_utils import Checkpoints, abstract_train_state, check_settings, split_model
 from jax_transformer import GPT, GPTConfig
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
-from nanogpt_jax.sampling import Continuation, stream_tokens
+from nanogpt_jax.sampling import (
+    Continuation, check_sampling_memory, check_sampling_settings, stream_tokens,
+)
 from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import get_tokenizer, read_prompt
 
@@ -54,6 +58,8 @@ if interactive and 'num_samples' not in given:
 if num_samples < 0 or num_samples == 0 and not interactive:
     raise UserError(f'num_samples is {num_samples}; it must be at least 1, '
                     'or 0 with --interactive=True')
+check_settings(config)
+check_sampling_settings(max_new_tokens, temperature, top_k, top_p)
 if 'compile' in given:
     print('--compile has no counterpart here and is ignored: XLA always compiles')
 devices = select_devices(device)
@@ -104,7 +110,9 @@ def sample(prompt, key, first, n):
     """Print n continuations of a prompt, numbered from first on; with --stream n is 1."""
     global n_texts, n_tokens, seconds
     t0 = time.time()
-    idx = np.tile(np.array(encode(prompt), np.int32), (n, 1)) # (n, T)
+    ids = np.array(encode(prompt), np.int32)
+    check_sampling_memory(model.config, n, len(ids), max_new_tokens)
+    idx = np.tile(ids, (n, 1)) # (n, T)
     texts = [Continuation(decode, stop) for _ in range(n)]
     if stream:
         say(prompt)

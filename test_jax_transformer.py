@@ -735,6 +735,8 @@ def test_invalid_sampling_settings_are_refused():
     assert_refused(lambda: model.generate(x, 3, temperature=-1), 'temperature is -1')
     assert_refused(lambda: model.generate(x, 3, top_k=0), 'top_k is 0')
     assert_refused(lambda: model.generate(x, 3, top_p=0), 'top_p is 0')
+    assert_refused(lambda: model.generate(x, 3, temperature=1e-40), '1e-30')
+    assert_refused(lambda: model.generate(x, 2 ** 40), 'max_new_tokens is 1099511627776')
     assert_refused(lambda: model.generate(x[:, :0], 3), 'prompt is empty')
     assert_refused(lambda: model.generate(x, 3), 'key=')
 

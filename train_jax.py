@@ -18,12 +18,15 @@ import jax
 import numpy as np
 import optax
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 import jax_train_utils as utils
 from jax_transformer import GPT_ARGS, GPTConfig
 from nanogpt_jax import devices as machine
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.metrics import MetricsFile, StepLog, check_finite, progress
-from nanogpt_jax.sharding import choose_micro_batch_size, mesh_for_batch, state_bytes
+from nanogpt_jax.sharding import (
+    choose_micro_batch_size, describe_small_micro_batches, mesh_for_batch, state_bytes,
+)
 from nanogpt_jax.tokenizer import load_meta
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
@@ -129,6 +132,9 @@ mesh, grad_accum_steps = mesh_for_batch(devices, global_batch_size, micro_batch_
 if mesh.size < len(devices):
     print(f'using {mesh.size} of {len(devices)} devices: a global batch of {global_batch_size} '
           'sequences does not divide evenly across more')
+if cost := describe_small_micro_batches(
+        global_batch_size, micro_batch_size, mesh.size, grad_accum_steps):
+    print(cost)
 tokens_per_iter = global_batch_size * block_size
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 compute_type = machine.compute_dtype(dtype, devices)
@@ -148,14 +154,14 @@ if meta_vocab_size is not None:
                         'use the --dataset that it was trained on')
 elif saved:
     chars = saved['chars']
-get_batch = partial(utils.get_train_batch, mesh, data_dir, global_batch_size, grad_accum_steps,
-                    block_size, seed) # iter_num -> x, y
+vocab_size = saved['model_args']['vocab_size'] if saved else meta_vocab_size or 50304
+utils.check_tokens(data_dir, vocab_size)
 
 def create_state():
     """Returns (training state on the mesh's devices, model_args) for init_from."""
     global iter_num, best_val_loss, saved
     model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
-                      bias=bias, vocab_size=meta_vocab_size or 50304, dropout=dropout)
+                      bias=bias, vocab_size=vocab_size, dropout=dropout)
     if init_from == 'scratch':
         print('Initializing a new model from scratch')
         if meta_vocab_size is None:
@@ -188,7 +194,9 @@ schedule = utils.create_learning_rate_schedule(
 tx = utils.create_optimizer(schedule, weight_decay, (beta1, beta2), grad_clip)
 state, model_args = create_state()
 config |= {k: v for k, v in model_args.items() if k in config} # of pretrained weights
-utils.check_tokens(data_dir, model_args['vocab_size'])
+vocab_size = model_args['vocab_size'] # of pretrained weights
+get_batch = partial(utils.get_train_batch, mesh, data_dir, global_batch_size, grad_accum_steps,
+                    block_size, seed, vocab_size=vocab_size) # iter_num -> x, y
 attention = machine.attention_path(
     attention, compute_type, model_args['n_embd'] // model_args['n_head'], devices[0])
 if attention == 'cudnn' and dropout > 0:
@@ -227,7 +235,7 @@ if run_id:
 def evaluate(mfu=-1.0, **last_step):
     """Compute, log and return the losses of both splits."""
     losses = utils.estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters,
-                                 batch_size, block_size, micro_batch_size, progress)
+                                 batch_size, block_size, micro_batch_size, progress, vocab_size)
     print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     if wandb_log:
         wandb.log({

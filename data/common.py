@@ -25,6 +25,16 @@ rows = 16  # documents per task of a thread: few, since their texts and tokens a
 
 
 @contextmanager
+def writing(path):
+    """As replacing, and raises UserError if the file cannot be written."""
+    try:
+        with replacing(path) as tmp:
+            yield tmp
+    except OSError as e:  # a full disk, a read-only folder
+        raise UserError(f'cannot write {path} ({e})') from e
+
+
+@contextmanager
 def replacing(path):
     """Yield a temporary path; rename it to path only if the block succeeds."""
     tmp = f'{path}.{os.getpid()}.tmp'
@@ -46,23 +56,28 @@ def fetch(url, path):
             content = response.read()
     except (OSError, HTTPException) as e:
         raise UserError(f'cannot download {url} ({e}): download it by hand to {path}') from e
-    with replacing(path) as tmp, open(tmp, 'wb') as f:
+    with writing(path) as tmp, open(tmp, 'wb') as f:
         f.write(content)
 
 
 def read_text(path):
-    """The text of a UTF-8 file. Raises UserError if it is not UTF-8."""
+    """The text of a UTF-8 file. Raises UserError if it is not UTF-8, or not a file."""
     try:
         with open(path, encoding='utf-8') as f:
             return f.read()
+    except OSError as e:
+        raise UserError(f'cannot read {path} ({e})') from e
     except UnicodeDecodeError as e:
         raise UserError(f'{path} is not UTF-8 text ({e}): '
                         'convert it, or delete it to start over') from e
 
 
 def split_text(text):
-    """The first 90% of the characters for training, the rest for validation."""
+    """The first 90% of the characters for training, the rest for validation. Raises UserError if
+    one of them is empty."""
     n = int(len(text) * 0.9)
+    if n == 0:
+        raise UserError(f'the text has {len(text)} characters, too few for two splits')
     return text[:n], text[n:]
 
 
@@ -72,7 +87,7 @@ def write_bin(path, ids):
     if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.uint16).max):
         raise UserError(f'{path}: token ids run from {ids.min()} to {ids.max()}, but must be in '
                         f'0..{np.iinfo(np.uint16).max} (uint16): use a smaller vocabulary')
-    with replacing(path) as tmp:
+    with writing(path) as tmp:
         ids.astype(np.uint16).tofile(tmp)
 
 
@@ -97,7 +112,7 @@ def prepare_chars(text, folder):
     # dicts, strings and ints only, since load_meta refuses all other pickles
     meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
             'stoi': {c: i for i, c in enumerate(chars)}}
-    with replacing(os.path.join(folder, 'meta.pkl')) as tmp, open(tmp, 'wb') as f:
+    with writing(os.path.join(folder, 'meta.pkl')) as tmp, open(tmp, 'wb') as f:
         pickle.dump(meta, f)
 
 

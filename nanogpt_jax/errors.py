@@ -20,6 +20,21 @@ def optional_import(name):
         raise UserError(f'this needs the package {package}: pip install {package}') from e
 
 
+def check_memory(n_bytes, what, hint):
+    """Raise UserError if something needs more memory than this machine has.
+
+    For what is certain to fail, and only after a long time: the kernel grants memory that is not
+    there, and kills the process once it is written.
+    """
+    try:
+        has = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, OSError, ValueError):
+        return  # not known on Windows: NumPy or JAX raise once they get no memory
+    if n_bytes > has:
+        raise UserError(f'{what} need {n_bytes / 1e9:,.0f} GB of memory at least, and this machine '
+                        f'has {has / 1e9:,.0f} GB: {hint}')
+
+
 def report_user_error(kind, error, traceback):
     """sys.excepthook of the scripts: one line for a UserError, for a lack of memory and for a lost
     process, none for Ctrl-C and a closed pipe, and the traceback for everything else.
@@ -27,10 +42,12 @@ def report_user_error(kind, error, traceback):
     One of several processes exits at once: a normal exit would wait for the others.
     """
     text = ' '.join(str(error).split())
+    first_line = next(iter(str(error).splitlines()), 'no reason given')
     if issubclass(kind, UserError):
-        print(f'error{process_label}: {error}', file=sys.stderr)
-    elif 'RESOURCE_EXHAUSTED' in text:
-        print(f'error{process_label}: out of memory ({str(error).splitlines()[0]}). '
+        line = ' '.join(str(error).splitlines())  # a path may have line breaks
+        print(f'error{process_label}: {line}', file=sys.stderr)
+    elif 'RESOURCE_EXHAUSTED' in text or issubclass(kind, MemoryError):
+        print(f'error{process_label}: out of memory ({first_line}). '
               'Use a smaller --batch_size with a larger --gradient_accumulation_steps (the same '
               'tokens per iteration), or --remat=True', file=sys.stderr)
     elif process_label and kind.__name__ == 'JaxRuntimeError':

@@ -170,9 +170,10 @@ def read_metrics(path):
     for line in lines:
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(values, dict) and isinstance(values.get('iter'), int):
+        if (isinstance(values, dict) and isinstance(values.get('iter'), int)
+                and abs(values['iter']) < 2 ** 63):
             found.append(values)
     return found
 

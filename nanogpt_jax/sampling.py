@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nanogpt_jax.errors import UserError
+from nanogpt_jax.errors import UserError, check_memory
 from nanogpt_jax.ops import random_bits
 
 MIN_BUCKET = 64  # tokens; prompts and the cache are padded to 64, 128, ... up to block_size
@@ -175,7 +175,13 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
     first + b, whatever B is. n_vocab: ids from here on are padding, never sampled. Raises
     UserError for settings that cannot be sampled with.
     """
-    check_sampling_settings(idx, max_new_tokens, temperature, top_k, top_p, key)
+    check_sampling_settings(max_new_tokens, temperature, top_k, top_p)
+    check_sampling_memory(model.config, *idx.shape, max_new_tokens)
+    if idx.shape[1] < 1:
+        raise UserError('generate needs at least one token to continue; the prompt is empty')
+    if key is None and top_k != 1 and temperature != 0:
+        raise UserError('generate needs key=jax.random.key(seed), '
+                        'unless temperature is 0 or top_k is 1')
     if temperature == 0:
         temperature, top_k, top_p = 1.0, 1, 1.0
     (B, t), block_size = idx.shape, model.config.block_size
@@ -206,22 +212,29 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
         t = stop
 
 
-def check_sampling_settings(idx, max_new_tokens, temperature, top_k, top_p, key):
+def check_sampling_settings(max_new_tokens, temperature, top_k, top_p):
     """Raise UserError for settings that cannot be sampled with."""
-    if idx.shape[1] < 1:
-        raise UserError('generate needs at least one token to continue; the prompt is empty')
-    if max_new_tokens < 0:
-        raise UserError(f'max_new_tokens is {max_new_tokens}; it must be at least 0')
+    if not 0 <= max_new_tokens < 2 ** 31:
+        raise UserError(f'max_new_tokens is {max_new_tokens}; it must be at least 0 and below '
+                        '2147483648')
     if top_k is not None and top_k < 1:
         raise UserError(f'top_k is {top_k}; it must be at least 1')
-    if not 0 < top_p <= 1:
-        raise UserError(f'top_p is {top_p}; it must be more than 0 and at most 1')
-    if temperature < 0:
-        raise UserError(f'temperature is {temperature}; '
-                        'it must be 0 (the most likely token) or more')
-    if key is None and top_k != 1 and temperature != 0:
-        raise UserError('generate needs key=jax.random.key(seed), '
-                        'unless temperature is 0 or top_k is 1')
+    # float32 would round smaller numbers to 0, and logits / temperature to inf
+    if not 1e-30 <= top_p <= 1:
+        raise UserError(f'top_p is {top_p}; it must be more than 0 (at least 1e-30) and at most 1')
+    if temperature != 0 and not 1e-30 <= temperature <= 1e30:
+        raise UserError(f'temperature is {temperature}; it must be 0 (the most likely token), or '
+                        'from 1e-30 to 1e30')
+
+
+def check_sampling_memory(config, B, T, max_new_tokens):
+    """Raise UserError if B sequences, T tokens each and their continuation, exceed the memory."""
+    # ids in a buffer of up to twice the length, on the device and on the host; keys and values in
+    # the cache, of two bytes at least
+    cached = min(config.block_size, T + max_new_tokens) * config.n_layer * 2 * config.n_embd * 2
+    check_memory(B * (16 * (T + max_new_tokens) + cached),
+                 f'{B} samples of {max_new_tokens} new tokens',
+                 'use fewer or shorter ones; --stream=True draws one after the other')
 
 
 def sampling_weights(model):

@@ -49,7 +49,23 @@ def split_global_batch(global_batch_size, micro_batch_size, n_devices, fsdp=1, n
         raise UserError(f'{n_devices} devices of {n_processes} processes cannot split a global '
                         f'batch of {global_batch_size} sequences equally with fsdp={fsdp}; {hint}')
     share = global_batch_size // used
-    return used, share // max(m for m in range(1, micro_batch_size + 1) if share % m == 0)
+    divisors = {d for n in range(1, math.isqrt(share) + 1) if share % n == 0
+                for d in (n, share // n)}
+    return used, share // max(d for d in divisors if d <= micro_batch_size)
+
+
+def describe_small_micro_batches(global_batch_size, micro_batch_size, n_devices, grad_accum_steps):
+    """What it costs if the split makes micro-batches of less than half their possible size, as
+    text; None if it does not."""
+    share = global_batch_size // n_devices
+    needed = math.ceil(share / micro_batch_size)
+    if grad_accum_steps <= 2 * needed:
+        return None
+    # padding the last micro-batch instead would make the mean over micro-batches a weighted one
+    return (f'each device computes its {share} sequences in {grad_accum_steps} micro-batches of '
+            f'{share // grad_accum_steps}, since they do not divide into larger ones of at most '
+            f'{micro_batch_size}, which is slower: a global batch of '
+            f'{needed * micro_batch_size * n_devices} would take {needed}')
 
 
 def select_mesh_devices(devices, n):

@@ -9,6 +9,9 @@ import pickle
 from nanogpt_jax.errors import UserError, optional_import
 
 
+LARGEST_PROMPT = 2 ** 24  # characters
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Reads plain dicts, lists, strings and numbers; a pickle that names anything else is refused,
     since loading it would run code."""
@@ -28,10 +31,18 @@ def load_meta(data_dir):
     if not os.path.exists(path):
         return None, None
     try:
+        if not os.path.isfile(path):
+            raise OSError('it is no file')
         with open(path, 'rb') as f:
             meta = PlainUnpickler(f).load()
         itos = meta.get('itos', {})
-        return int(meta['vocab_size']), [itos[i] for i in range(len(itos))]
+        vocab_size, chars = meta['vocab_size'], [itos[i] for i in range(len(itos))]
+        if type(vocab_size) is not int or not 1 <= vocab_size <= 2 ** 16:
+            raise ValueError(f'vocab_size is {vocab_size!r}; it must be an int from 1 to 65536, '
+                             'since token ids are uint16')
+        if len(chars) > vocab_size or not all(isinstance(c, str) for c in chars):
+            raise ValueError(f'itos must have a string for each of at most {vocab_size} ids')
+        return vocab_size, chars
     except Exception as e:  # a damaged pickle can raise nearly anything
         raise UserError(f'cannot use {path} ({type(e).__name__}: {e}); '
                         'make it again with the prepare.py beside it') from e
@@ -83,9 +94,13 @@ def read_prompt(start):
     if start.startswith('FILE:'):
         try:
             with open(start[5:], encoding='utf-8') as f:
-                start = f.read()
+                text = f.read(LARGEST_PROMPT)
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f'cannot read the prompt file {start[5:]}: {e}') from e
+        if len(text) == LARGEST_PROMPT:
+            raise UserError(f'the prompt file {start[5:]} has {LARGEST_PROMPT:,} characters or '
+                            'more; a model sees the last block_size tokens only: give the end')
+        start = text
     if not start:
         raise UserError('the prompt is empty; give at least one character with --start')
     return start

@@ -208,7 +208,8 @@ def run_inside(folder, script, *args, stdin=None, **env):
     Not for runs that depend on what is read once per process (XLA_FLAGS, JAX_PLATFORMS,
     PYTHONPATH) or that send output from C++. Returns a subprocess.CompletedProcess.
     """
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
+    out = io.TextIOWrapper(io.BytesIO(), encoding='utf-8')
+    err = io.TextIOWrapper(io.BytesIO(), encoding='utf-8', errors='backslashreplace')
     with process_state_restored():
         os.chdir(folder)
         os.environ.update(ENV | env)

@@ -4,9 +4,12 @@ import ast
 import difflib
 import glob
 import importlib.util
+import io
 import os
 import shutil
+import sys
 
+import numpy
 import pytest
 from helpers import ROOT
 
@@ -34,6 +37,54 @@ def test_a_string_may_contain_an_equals_sign_be_quoted_or_be_empty():
     assert configure(settings(), ['--out_dir='])[0]['out_dir'] == ''
 
 
+@pytest.mark.parametrize('number', ['nan', '-inf', 'Infinity', '1e400', '9' * 400, '9' * 5000])
+def test_nan_inf_and_what_no_float_can_hold_are_refused(number):
+    with pytest.raises(UserError, match='^learning_rate is .*: nan and inf are not allowed'):
+        configure(settings(), [f'--learning_rate={number}'])
+
+
+# the last has 6021 decimal digits, more than Python prints
+@pytest.mark.parametrize('number', [f'{2 ** 63}', f'{-2 ** 63 - 1}', '0x1' + 5000 * '0'])
+def test_ints_past_64_bits_are_refused(number):
+    with pytest.raises(UserError, match='^batch_size is .* must fit 64 bits'):
+        configure(settings(), [f'--batch_size={number}'])
+    assert configure(settings(), [f'--batch_size={2 ** 63 - 1}'])[0]['batch_size'] == 2 ** 63 - 1
+
+
+@pytest.mark.parametrize('text', [r'"a\0b"', r'"\ud800"'])
+def test_a_string_that_no_path_can_be_is_refused(text):
+    with pytest.raises(UserError, match='^out_dir is .*NUL or half a surrogate pair'):
+        configure(settings(), [f'--out_dir={text}'])
+    # but a file name that is not UTF-8 is one
+    assert configure(settings(), ['--out_dir=caf\udce9'])[0]['out_dir'] == 'caf\udce9'
+
+
+def test_a_flag_without_a_value_means_true_where_true_or_false_is_expected(tmp_path):
+    config, given = configure(settings(), ['--bias', '--batch_size=3'])
+    assert config['bias'] is True and given == {'bias', 'batch_size'}
+    with pytest.raises(UserError, match='config file False .* --key=value'):
+        configure(settings(), ['--bias', 'False'])
+
+
+def test_a_character_that_the_terminal_lacks_is_printed_as_a_question_mark(tmp_path, monkeypatch):
+    (tmp_path / 'c.py').write_text('batch_size = 3 # \u20ac\n', encoding='utf-8')
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    configure(settings(), [str(tmp_path / 'c.py'), '--out_dir=caf\u00e9'])
+    terminal.flush()
+    assert b'batch_size = 3 # ?' in terminal.buffer.getvalue()
+
+
+def test_help_has_the_docstring_even_if_python_has_dropped_it(monkeypatch):
+    # as python -OO does
+    printed = io.StringIO()
+    monkeypatch.setattr(sys, '__stdout__', printed)
+    with pytest.raises(SystemExit):
+        configure({'__doc__': None, '__file__': os.path.join(ROOT, 'train_jax.py')}, ['--help'])
+    assert printed.getvalue().startswith('Train a GPT on every device')
+    assert 'batch_size = 12 #' in printed.getvalue()
+
+
 def test_given_names_what_was_set_even_to_its_default():
     assert configure(settings(), ['--batch_size=12'])[1] == {'batch_size'}
     assert configure(settings(), [])[1] == set()
@@ -52,6 +103,61 @@ def test_a_config_file_is_run_as_python_and_what_it_assigns_is_given(tmp_path, c
     out = capsys.readouterr().out
     assert f'Overriding config with {path}:\nimport time\n' in out
     assert 'Overriding: out_dir = last' in out and 'WARNING' not in out
+
+
+def test_a_config_file_sees_the_script_flags_and_earlier_config_files(tmp_path):
+    (tmp_path / 'a.py').write_text('steps = 5\ndef twice(n):\n    return 2 * n\n'
+                                   'batch_size = twice(batch_size)\n')
+    (tmp_path / 'b.py').write_text('out_dir = os.path.join(out_dir, str(batch_size + steps))\n'
+                                   'exec("learning_rate = 2e-3")\n')
+    script = settings() | {'os': os}
+    config, given = configure(script, ['--batch_size=7', str(tmp_path / 'a.py'), '--out_dir=x',
+                                       str(tmp_path / 'b.py')])
+    assert config['out_dir'] == os.path.join('x', '19') and config['learning_rate'] == 2e-3
+    assert given == {'batch_size', 'out_dir', 'learning_rate'}
+
+
+def test_a_config_file_can_change_nothing_but_settings(tmp_path):
+    (tmp_path / 'c.py').write_text('os = 1\nprint = 2\nbatch_size = 3\n_private = 4\n'
+                                   'def helper():\n    pass\ndel module\n__builtins__ = {}\n')
+    script = settings() | {'os': os}
+    before = dict(script)
+    configure(script, [str(tmp_path / 'c.py')])
+    assert script == before | {'batch_size': 3}
+
+
+@pytest.mark.parametrize('content', ['\ufeffbatch_size = 3', 'batch_size = numpy.int64(3)',
+                                     'batch_size: int = 3', 'globals().update(batch_size=3)'])
+def test_a_config_file_may_have_a_byte_order_mark_and_set_in_any_way(tmp_path, content):
+    (tmp_path / 'c.py').write_text(content, encoding='utf-8')
+    config, given = configure(settings() | {'numpy': numpy}, [str(tmp_path / 'c.py')])
+    assert config['batch_size'] == 3 and type(config['batch_size']) is int
+    assert given == {'batch_size'}
+
+
+def test_ctrl_c_in_a_config_file_stays_ctrl_c(tmp_path):
+    (tmp_path / 'c.py').write_text('raise KeyboardInterrupt')
+    with pytest.raises(KeyboardInterrupt):
+        configure(settings(), [str(tmp_path / 'c.py')])
+
+
+@pytest.mark.parametrize('content, words', [
+    ('x = 1'.encode('utf-16'), ['not UTF-8']),
+    (b'x = 1 # caf\xe9', ['not UTF-8']),
+    (bytes(2 ** 20), ['no config file', '1,048,576 characters']),
+])
+def test_what_is_no_config_file_is_refused_before_it_is_printed(tmp_path, capsys, content, words):
+    (tmp_path / 'train.bin').write_bytes(content)
+    with pytest.raises(UserError) as e:
+        configure(settings(), [str(tmp_path / 'train.bin')])
+    assert all(word in str(e.value) for word in words), e.value
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize('path', ['', 'a\0b.py', '/', 'a' * 5000])
+def test_a_path_that_cannot_be_opened_is_a_user_error(path):
+    with pytest.raises(UserError, match='^cannot read the config file'):
+        configure(settings(), [path])
 
 
 def test_a_name_in_a_config_file_that_is_nearly_a_setting_is_a_warning(tmp_path, capsys):
@@ -108,13 +214,24 @@ def test_a_script_beside_it_without_settings_does_not_matter(tmp_path, capsys):
     ('batch_size = "3"', ["batch_size expects int, got '3' (str)"]),
     ('a = 1\nb = a +', ['line 2', 'SyntaxError']),
     ('a = 1\n\nb = c', ['line 3', 'NameError', "'c'"]),
+    ('a = 1\nraise SystemExit', ['line 2', 'SystemExit']),
+    ('class E(BaseException):\n    def __str__(self):\n        return 1 / 0\nraise E', ['line 4']),
+    ('\0', ['null bytes']),
+    ('del batch_size', ['deletes batch_size']),
+    ('import math as learning_rate', ['learning_rate expects float', '(module)']),
+    ('def out_dir(): pass', ['out_dir expects str', '(function)']),
+    ('globals()["batch_size"] = None', ['batch_size expects int, got None']),
+    ('batch_size = 10 ** 5000', ['batch_size', '64 bits']),
+    ('learning_rate = 10 ** 400', ['learning_rate is inf']),
+    ('batch_size = [10 ** 5000]', ['batch_size expects int', '(list)']),
+    ('out_dir = "a\\0b"', ['out_dir', 'NUL']),
 ])
 def test_an_error_in_a_config_file_names_its_line_or_setting(tmp_path, source, words):
     path = tmp_path / 'c.py'
     path.write_text(source)
     with pytest.raises(UserError) as e:
         configure(settings(), [str(path)])
-    assert all(word in str(e.value) for word in words), e.value
+    assert all(word in str(e.value) for word in [*words, str(path)]), e.value
     assert not str(e.value).startswith('error')
 
 
@@ -128,8 +245,9 @@ def test_an_error_in_a_config_file_names_its_line_or_setting(tmp_path, source, w
     ('--batch_size=True', ['batch_size expects int, got True (bool)']),
     ('--learning_rate=fast', ["learning_rate expects float, got 'fast' (str)"]),
     ('--batch_size=' + '9' * 400 + '.0', ['inf (float)']),
-    ('--learning_rate=' + '9' * 400, ['learning_rate expects float']),
+    ('--batch_size=' + '(' * 9999, ["got '(((", '...']),
     ('--batch_size', ['--key=value']),
+    ('--batch-size=3', ['did you mean --batch_size?']),
     ('-b=3', ['-b=3', '--key=value']),
 ])
 def test_a_wrong_flag_is_named_with_what_is_allowed(arg, words):

@@ -105,6 +105,21 @@ def test_read_text_refuses_other_encodings_than_utf8(tmp_path):
         common.read_text(str(tmp_path / 'input.txt'))
 
 
+def test_files_that_cannot_be_read_or_written_are_user_errors(tmp_path):
+    (tmp_path / 'input.txt').mkdir()
+    with pytest.raises(UserError, match='cannot read .*input.txt'):
+        common.read_text(str(tmp_path / 'input.txt'))
+    with pytest.raises(UserError, match='cannot write .*input.txt'):
+        common.write_bin(str(tmp_path / 'input.txt'), [1])
+    assert os.listdir(tmp_path) == ['input.txt']
+
+
+def test_a_text_too_short_for_two_splits_is_refused():
+    with pytest.raises(UserError, match='1 characters, too few'):
+        common.split_text('a')
+    assert common.split_text('ab') == ('a', 'b')
+
+
 def test_write_bin_writes_little_endian_uint16(tmp_path):
     common.write_bin(str(tmp_path / 'a.bin'), [0, 1, 65535])
     assert (tmp_path / 'a.bin').read_bytes() == b'\x00\x00\x01\x00\xff\xff'

@@ -368,3 +368,5 @@ def test_the_plan_counts_what_a_step_exchanges(folder):
 def test_the_plan_refuses_devices_and_models_that_it_cannot_plan(folder):
     one_line_error(run_inside(folder, 'tools.plan', '--n_devices=6', '--fsdp=4'), 'fsdp=4', '6')
     one_line_error(run_inside(folder, 'tools.plan', '--model=gpt3'), "'gpt3'", 'gpt2-xl')
+    for n in ('10000', '9' * 5000):
+        one_line_error(run_inside(folder, 'tools.plan', f'--n_devices={n}'), 'from 1 to 9999')

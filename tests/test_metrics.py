@@ -71,7 +71,7 @@ def test_read_metrics_skips_lines_that_are_no_metrics(tmp_path):
     assert read_metrics(tmp_path) == []
     good = {'iter': 1, 'loss': None}
     lines = [b'', b'3', b'[]', b'{"loss": 1}', b'{"iter": "1"}', b'\xff', json.dumps(good).encode(),
-             b'{"iter": 2,']
+             b'{"iter": 2,', b'[' * 99999, b'{"iter": 1%s}' % (b'0' * 99)]
     (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join(lines))
     assert read_metrics(tmp_path) == read_metrics(tmp_path / 'metrics.jsonl') == [good]
 

@@ -168,6 +168,13 @@ def test_a_truncated_file_has_a_prefix_of_the_events_and_can_be_appended_to(plot
                 assert events_of(name, full[:cut] + full)[-n:] == events
 
 
+def test_a_metric_that_is_no_number_is_unknown(plot, tmp_path):
+    torch_log(tmp_path / 'full.log')
+    read_events = plot('full.log', '--out=').read_events
+    (tmp_path / 'a.jsonl').write_text('{"iter": 1, "loss": "a", "ms_per_iter": [2]}\n')
+    assert str(list(read_events('a.jsonl'))) == '[(1, 1, nan, nan, nan)]'
+
+
 @pytest.mark.parametrize('encoding, newline', [
     ('utf-8', '\n'), ('utf-8', '\r\n'), ('utf-8', '\r'), ('utf-8-sig', '\r\n'), ('utf-16', '\r\n'),
     ('utf-16-be', '\n')])
@@ -334,6 +341,7 @@ def test_smoothing_is_a_mean_around_each_point(plot, tmp_path):
 @pytest.mark.parametrize('args, words', [
     ([], ['no run', 'out_dirs or log files']),
     (['absent.log'], ['absent.log', 'No such file', 'metrics.jsonl']),
+    (['a\0.log'], ['null byte', 'metrics.jsonl']),
     (['empty'], ['empty', 'metrics.jsonl', 'out_dir']),
     (['a.log', 'other.txt'], ['no run in other.txt', 'iter 250', 'step 250']),
     (['a.log', '--labels=x,y'], ['2 names for 1 runs']),

@@ -35,7 +35,8 @@ def test_any_value_gets_the_type_of_the_default_or_is_refused_by_name(key, value
         assert config | {key: DEFAULTS[key]} == DEFAULTS
 
 
-@given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text())
+@given(st.integers(-2 ** 63, 2 ** 63 - 1), st.floats(allow_nan=False, allow_infinity=False),
+       st.booleans(), st.text(st.characters(codec='utf-8', exclude_characters='\0')))
 def test_what_python_prints_is_read_back(count, rate, flag, text):
     config, _ = configured(f'--count={count}', f'--rate={rate!r}', f'--flag={flag}',
                            f'--text={text!r}')
@@ -67,7 +68,6 @@ def test_sequences_are_consecutive_tokens_of_the_file(ids, block_size, iter_num)
         return np.asarray(x)[0], np.asarray(y)[0]
     with tempfile.TemporaryDirectory() as folder:
         np.array(ids, np.uint16).tofile(os.path.join(folder, 'train.bin'))
-        assert utils.largest_token(os.path.join(folder, 'train.bin')) == max(ids)
         if len(ids) <= block_size:
             with pytest.raises(UserError, match='block_size'):
                 read(folder)
@@ -78,31 +78,39 @@ def test_sequences_are_consecutive_tokens_of_the_file(ids, block_size, iter_num)
     np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
 
 
-def test_the_token_check_notices_a_changed_file(tmp_path):
-    path = str(tmp_path / 'train.bin')
-    for ids in ([1, 2, 3], [1, 9, 3, 4]):
-        np.array(ids, np.uint16).tofile(path)
-        assert utils.largest_token(path) == max(ids) == utils.largest_token(path)
-    stamp = os.stat(path)
-    np.array([7, 7, 7, 7], np.uint16).tofile(path)
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    # the same size and time: the cached answer, without reading the file again
-    assert utils.largest_token(path) == 9
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 65535), min_size=17, max_size=60), st.integers(1, 65535),
+       st.integers(0, 60))
+def test_no_batch_has_an_id_outside_the_vocabulary(ids, vocab_size, at_start):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, 'TOKENS_AT_START', at_start)
+        np.array(ids, np.uint16).tofile(os.path.join(folder, 'train.bin'))
+
+        def accepted(check, *args):
+            try:
+                check(folder, *args)
+            except UserError as e:
+                assert f'ends at {vocab_size - 1}' in str(e)
+                return False
+            return True
+        for offset in range(len(ids) - 8):
+            batch = accepted(utils.read_sequences, 'train', [offset], 8, vocab_size)
+            assert batch == (max(ids[offset:offset + 9]) < vocab_size)
+        start = accepted(utils.check_tokens, vocab_size, ['train'])
+        assert start == (max(ids[:at_start], default=0) < vocab_size)
 
 
-def test_the_token_check_reads_in_bounded_memory(tmp_path, monkeypatch):
-    path = str(tmp_path / 'train.bin')
-    ids = np.zeros(5 * 2 ** 24 // 2, np.uint16)  # two and a half chunks
-    ids[-1] = 77
-    ids.tofile(path)
+def test_the_check_at_the_start_reads_a_bounded_part_of_a_large_file(tmp_path, monkeypatch):
+    with open(tmp_path / 'train.bin', 'wb') as f:
+        f.truncate(2 * 10 ** 10)  # without content, so it takes no disk
     sizes, fromfile = [], np.fromfile
 
     def counted(*args, **kwargs):
-        sizes.append(len(fromfile(*args, **kwargs)))
+        sizes.append(fromfile(*args, **kwargs).nbytes)
         return fromfile(*args, **kwargs)
     monkeypatch.setattr(np, 'fromfile', counted)
-    assert utils.largest_token(path) == 77
-    assert sum(sizes) == len(ids) and max(sizes) <= 2 ** 24
+    utils.check_tokens(str(tmp_path), 1, ['train'])
+    assert sizes == [32 * 2 ** 20] and os.listdir(tmp_path) == ['train.bin']
 
 
 @given(st.lists(st.characters(codec='utf-8'), min_size=1, unique=True), st.data())

@@ -27,6 +27,28 @@ def test_a_mistake_ends_the_process_as_it_ends_run_inside(folder, script):
     assert inside.returncode == 1
 
 
+def test_scripts_find_their_modules_where_python_leaves_their_folder_out(folder):
+    # as python -P and -I do; all in one process, which imports JAX once
+    code = """
+import contextlib, io, runpy, sys
+before = list(sys.path)
+for path in sys.argv[1:]:
+    for name in [n for n in sys.modules if n.split('.')[0] in
+                 ('jax_train_utils', 'jax_transformer', 'nanogpt_jax', 'configurator')]:
+        del sys.modules[name]
+    sys.path[:], sys.argv[1:], output = before, ['--help'], sys.__stdout__
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(path, run_name='__main__')
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+"""
+    paths = [os.path.join(ROOT, script) for script in SCRIPTS]
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    result = subprocess.run([sys.executable, '-P', '-c', code, *paths], cwd=folder,
+                            capture_output=True, text=True, env=env | ENV)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count('Every setting below is a flag') == len(SCRIPTS)
+
+
 def test_run_inside_restores_what_a_training_run_changes(folder):
     def state():
         handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -118,7 +140,7 @@ def test_a_sample_ends_before_the_stop_string(trained, stream):
 
 
 def test_each_line_of_stdin_is_a_prompt_and_a_wrong_one_does_not_end_sampling(trained):
-    args = ['--interactive=True', '--max_new_tokens=5']
+    args = ['--interactive', '--max_new_tokens=5']
     out = texts(sample(trained, *args, stdin='abc\n\nbcd\nabc'))
     assert [t[:3] for t in out] == ['abc', 'bcd', 'abc'] and [len(t) for t in out] == [8] * 3
     result = run_inside(trained, 'sample_jax.py', '--device=cpu', *args, '--num_samples=1',
@@ -161,9 +183,20 @@ def test_the_vocabulary_comes_from_the_checkpoint(trained):
     (['--max_new_tokens=-1'], ['max_new_tokens is -1']),
     (['--temperature=-0.5'], ['temperature is -0.5']),
     (['--num_sample=1'], ['--num_samples']),
+    (['--start=FILE:large.txt'], ['large.txt', '16,777,216 characters']),
+    # numbers that no machine can use
+    (['--max_new_tokens=100000000000'], ['max_new_tokens is 100000000000', 'below 2147483648']),
+    (['--max_new_tokens=2000000000'], ['10 samples of 2000000000 new tokens', 'GB of memory']),
+    (['--num_samples=1000000000'], ['GB of memory', '--stream=True']),
+    (['--seed=4294967296'], ['seed is 4294967296', 'below 4294967296']),
+    (['--temperature=1e-40'], ['temperature is 1e-40', '1e-30']),
+    (['--temperature=1e40'], ['temperature is 1e+40', '1e30']),
+    (['--top_p=1e-40'], ['top_p is 1e-40', '1e-30']),
 ])
 def test_a_mistake_in_sampling_is_one_line(trained, args, words):
     (trained / 'latin1.txt').write_bytes(b'caf\xe9')
+    with open(trained / 'large.txt', 'wb') as f:
+        f.truncate(2 ** 24)
     result = run_inside(trained, 'sample_jax.py', '--device=cpu', '--start=a', *args)
     one_line_error(result, *words)
 
@@ -198,6 +231,9 @@ SMALL = [a for a in TINY if a.split('=')[0] not in
     (['--attention=cudnn'], ['NVIDIA', '--attention=xla']),
     (['--dropout=1.0'], ['dropout is 1.0']),
     (['--n_head=0'], ['n_head is 0']),
+    (['--real_data=False', '--n_layer=9999', '--n_head=1', '--n_embd=60000'], ['GB of memory']),
+    (['--n_layer=10000'], ['n_layer is 10000']), (['--n_embd=2147483648'], ['n_embd is']),
+    (['--vocab_size=2147483648'], ['vocab_size is']), (['--max_new_tokens=-1'], ['max_new_tokens']),
 ])
 def test_a_mistake_in_a_benchmark_is_one_line(folder, args, words):
     one_line_error(run_inside(folder, 'bench_jax.py', *SMALL, *args), *words, alone=True)
@@ -274,6 +310,7 @@ def test_compare_alternates_and_prints_the_ratio_of_the_times(folder):
 
 @pytest.mark.parametrize('args, words', [
     (['--nanogpt=absent'], ['absent', '--nanogpt']),
+    (['--nanogpt=nanoGPT', '--rounds=0'], ['rounds is 0']),
     (['--nanogpt=nanoGPT', '--case=gpt3'], ["'gpt3'", 'readme_cpu']),
     (['--nanogpt=nanoGPT', '--torch_compile=eager'], ['train_shakespeare_char.py']),
 ])

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from helpers import ITER, ROOT, STEP, TINY, one_line_error, run, run_inside, saved, train
 
+import jax_train_utils as utils
 from nanogpt_jax import metrics
 from nanogpt_jax.checkpoint import steps_on_disk
 from nanogpt_jax.devices import cpu_key
-from nanogpt_jax.errors import report_user_error
+from nanogpt_jax.errors import UserError, report_user_error
 from test_jax_transformer import make_step, tiny, tokens
 
 EIGHT_DEVICES = '--xla_force_host_platform_device_count=8'
@@ -94,6 +95,17 @@ def test_compiled_programs_are_cached_unless_turned_off(folder):
     env['XDG_CACHE_HOME'] = str(folder / 'file')
     out = train(folder, '--max_iters=0', '--out_dir=four', **env)
     assert 'compiled programs are not cached for the next start' in out
+
+
+@pytest.mark.parametrize('error, words', [
+    (MemoryError('Unable to allocate 7 TiB'), ['out of memory (Unable to allocate 7 TiB)']),
+    (MemoryError(), ['out of memory']),
+    (UserError('cannot read a\nb.bin'), ['cannot read a b.bin']),
+])
+def test_an_error_is_one_line_whatever_its_text(capsys, error, words):
+    report_user_error(type(error), error, None)
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ') and all(word in line for word in words)
 
 
 def test_running_out_of_memory_is_one_line_that_names_flags_that_help(capsys):
@@ -280,8 +292,20 @@ def test_devices_across_which_the_batch_does_not_divide_are_left_out(folder):
     (['--eval_iters=0'], ['eval_iters is 0']),
     (['--max_iters=-1'], ['max_iters is -1']),
     (['--learning_rate=-1.0'], ['learning_rate is -1.0']),
-    (['--learning_rate=1e400'], ['learning_rate is inf']),
+    (['--learning_rate=nan'], ['learning_rate is nan', 'nan and inf are not allowed']),
     (['--beta2=1.0'], ['beta2 is 1.0', 'below 1']),
+    (['--beta2=0.999999999'], ['beta2 is 0.999999999', 'below 1 in float32']),
+    # numbers that no machine can use
+    (['--learning_rate=1e39'], ['learning_rate is 1e+39', 'below 3.40282e+38 in float32']),
+    (['--batch_size=1000000000'], ['2 * 1000000000 * 16', '256 GB of memory', 'has']),
+    (['--gradient_accumulation_steps=1000000000'], ['1000000000 * 4 * 16', '512 GB']),
+    (['--eval_iters=1000000000'], ['eval_iters', '512 GB']),
+    (['--warmup_iters=2147483648'], ['warmup_iters is 2147483648', 'below 2147483648']),
+    (['--lr_decay_iters=2147483648'], ['lr_decay_iters is 2147483648']),
+    (['--max_iters=2147483648'], ['max_iters is 2147483648']),
+    (['--n_layer=9999', '--n_head=1', '--n_embd=60000'], ["model's weights", 'GB of memory']),
+    (['--n_layer=10000'], ['n_layer is 10000', 'below 10000']),
+    (['--out_dir="a\\0b"'], ['out_dir', 'NUL']),
     (['--seed=-1'], ['seed is -1']),
     (['--seed=4294967296'], ['seed is 4294967296', 'below']),
     (['--dtype=bf16'], ["'bf16'", 'bfloat16']),
@@ -304,15 +328,48 @@ def test_a_mistake_is_one_line_and_creates_no_folder(folder, args, words):
     (b'', ['val.bin has 0 bytes', '17']),
     (b'\0' * 101, ['val.bin has 101 bytes', 'two bytes each']),
     (b'\0\0' * 99 + b'\x14\0', ['val.bin has the token id 20', 'ends at 19']),
+    (None, ['val.bin is no file', 'prepare.py']),
 ])
 def test_unusable_data_is_one_line_and_creates_no_folder(folder, content, words):
-    (folder / 'data' / 'tiny' / 'val.bin').write_bytes(content)
+    path = folder / 'data' / 'tiny' / 'val.bin'
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
     one_line_error(run_inside(folder, 'train_jax.py', *TINY), *words, alone=True)
     assert not (folder / 'out_jax').exists()
 
 
+@pytest.mark.parametrize('split, args', [('train', []), ('val', []), ('val', ['--eval_only=True'])])
+def test_an_id_past_the_part_that_is_checked_at_the_start_ends_the_run_before_it_is_used(
+        folder, monkeypatch, split, args):
+    monkeypatch.setattr(utils, 'TOKENS_AT_START', 16)
+    ids = np.zeros(4000, np.uint16)
+    ids[17:] = 20
+    ids.tofile(folder / 'data' / 'tiny' / f'{split}.bin')
+    result = run_inside(folder, 'train_jax.py', *TINY, *args)
+    one_line_error(result, f'{split}.bin has the token id 20', 'ends at 19')
+    assert 'iter 0' not in result.stdout and 'step 0' not in result.stdout
+
+
+def test_a_batch_that_divides_into_small_micro_batches_only_says_what_it_costs(folder):
+    # 2 ** 18 elements of an activation: 8 sequences of 128 tokens, 256 wide
+    flags = [*TINY, '--block_size=128', '--n_embd=256', '--gradient_accumulation_steps=1']
+    line = ('each device computes its 37 sequences in 37 micro-batches of 1, since they do not '
+            'divide into larger ones of at most 8, which is slower: a global batch of 40 would '
+            'take 5')
+    for batch_size in (37, 36):  # 36 in 6 micro-batches of 6, one more than needed: no line
+        result = run_inside(folder, 'train_jax.py', *flags, f'--batch_size={batch_size}',
+                            '--init_from=nowhere')
+        assert (line in result.stdout.splitlines()) == (batch_size == 37), result.stdout
+        assert 'micro-batches' not in result.stdout.replace(line, '')
+
+
 @pytest.mark.parametrize('content, words', [
     (b'no pickle', ['meta.pkl', 'prepare.py']),
+    (pickle.dumps({'vocab_size': 2 ** 31}), ['vocab_size is 2147483648', 'from 1 to 65536']),
+    (pickle.dumps({'vocab_size': 0}), ['vocab_size is 0']),
+    (pickle.dumps({'vocab_size': '20'}), ["vocab_size is '20'"]),
+    (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a', 1: 2}}), ['itos', 'string']),
+    (pickle.dumps({'vocab_size': 1, 'itos': {0: 'a', 1: 'b'}}), ['itos', 'at most 1']),
     (b'cos\nsystem\n(S"touch executed"\ntR.', ['os.system', 'only plain Python data']),
 ])
 def test_a_meta_file_that_is_not_plain_data_is_refused_and_runs_no_code(folder, content, words):

@@ -37,6 +37,8 @@ sys.stdout.reconfigure(line_buffering=True)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 contenders = ['JAX', *(f'PyTorch {mode}' for mode in ('eager', 'compile')
                        if torch_compile in (mode, 'both'))]
+if rounds < 1 or max_iters < 0:
+    raise UserError(f'rounds is {rounds} and max_iters {max_iters}; they must be at least 1 and 0')
 if not os.path.exists(os.path.join(nanogpt, 'train.py')):
     raise UserError(f'{nanogpt} is no checkout of nanoGPT; give its folder with --nanogpt')
 

@@ -49,8 +49,9 @@ check_settings(config)
 models, counts = model.split(','), n_devices.split(',')
 if not set(models) <= SHAPES.keys():
     raise UserError(f'model is {model!r}; it must be of {", ".join(SHAPES)}')
-if not all(n.isdecimal() and int(n) >= 1 for n in counts):
-    raise UserError(f'n_devices is {n_devices!r}; it must be a number, or several with commas')
+if not all(n.isdecimal() and len(n) <= 4 and int(n) >= 1 for n in counts):
+    raise UserError(f'n_devices is {n_devices!r}; it must be a number from 1 to 9999, or several '
+                    'with commas')
 counts = [int(n) for n in counts]
 if any(n % fsdp for n in counts):
     raise UserError(f'n_devices is {n_devices!r}; each number must be a multiple of fsdp={fsdp}')

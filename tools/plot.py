@@ -50,8 +50,8 @@ if out and not out.lower().endswith('.png'):
 
 # the lines that train.py and train_jax.py print; a truncated line matches none of them
 LOSS = r'(\d+\.\d{4}|nan|inf)'
-ITER = re.compile(rf'iter (\d+): loss {LOSS}, time (\d+\.\d\d)ms')
-STEP = re.compile(rf'step (\d+): train loss {LOSS}, val loss {LOSS}')
+ITER = re.compile(rf'iter (\d{{1,18}}): loss {LOSS}, time (\d+\.\d\d)ms')
+STEP = re.compile(rf'step (\d{{1,18}}): train loss {LOSS}, val loss {LOSS}')
 TOKENS = re.compile(r'tokens per iteration will be: ([\d,]+)')
 OURS = re.compile(r'^platform: \w+, devices: \d')
 
@@ -65,15 +65,16 @@ def read_events(path):
         else:
             with open(path, 'rb') as f:
                 yield from events_of_log(f)
-    except OSError as e:
-        raise UserError(f'cannot read {path} ({e.strerror}); give an out_dir of train_jax.py, its '
-                        "metrics.jsonl, or a file with a training script's output") from e
+    except (OSError, ValueError) as e:  # ValueError: no path has a NUL character
+        raise UserError(f'cannot read {path} ({getattr(e, "strerror", e)}); give an out_dir of '
+                        "train_jax.py, its metrics.jsonl, or a file with a training script's "
+                        'output') from e
 
 
 def events_of_metrics(records):
     """The events of a metrics.jsonl."""
     for record in records:
-        val_loss, *logged = [math.nan if record.get(key) is None else record[key]
+        val_loss, *logged = [record[key] if type(record.get(key)) in (int, float) else math.nan
                              for key in ('val_loss', 'loss', 'ms_per_iter', 'tokens_per_s')]
         if 'loss' in record:
             yield record['iter'], 1, *logged
