@@ -1,11 +1,11 @@
 """
-The machine that a script runs on: processes, the version of JAX, devices and their peaks, the
-compilation cache, memory that malloc keeps, standard output and signals.
+The machine that a script runs on: the version of JAX, devices and their peaks, the compilation
+cache, memory that malloc keeps, standard output and signals.
 """
 
 import contextlib
 import ctypes
-import glob
+import errno
 import hashlib
 import importlib.util
 import os
@@ -13,69 +13,14 @@ import platform as machine
 import re
 import signal
 import sys
+import threading
 import warnings
 
 import jax
 import jaxlib
 from jax.experimental import multihost_utils
 
-from nanogpt_jax import errors
 from nanogpt_jax.errors import UserError
-
-# -----------------------------------------------------------------------------
-# processes
-
-def process_rank():
-    """(index of this process, number of processes) as the launcher set them; (0, 1) without one.
-
-    Raises UserError if the launcher's environment variables are not such numbers.
-    """
-    for index, count in (('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES'),
-                         ('SLURM_PROCID', 'SLURM_STEP_NUM_TASKS'),
-                         ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE')):
-        if count in os.environ:
-            values = [os.environ.get(name, '') for name in (index, count)]
-            if not all(v.isdecimal() for v in values) or int(values[0]) >= int(values[1]):
-                raise UserError(f'{count} is {values[1]!r} and {index} is {values[0]!r}; they must '
-                                'be the number of processes and the index of this one, from 0')
-            return int(values[0]), int(values[1])
-    return 0, 1
-
-
-def silence_other_processes(rank):
-    """Only process 0 prints; errors are printed by each."""
-    if rank > 0:
-        # the file descriptor, not sys.stdout: libraries print from C++ too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def start_processes(device, heartbeat_timeout):
-    """Connect the processes that a launcher has started, by jax.distributed; nothing for one alone.
-
-    JAX itself finds SLURM, Open MPI and Cloud TPU; otherwise JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set. heartbeat_timeout: seconds without a sign of
-    life after which a process counts as dead, which ends the others. Raises UserError if one of the
-    three variables is missing, and for a timeout below one second.
-    """
-    if heartbeat_timeout < 1:
-        raise UserError(f'heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second')
-    process_id, n_processes = process_rank()
-    on_tpu = (device in ('auto', 'tpu') and importlib.util.find_spec('libtpu')
-              and glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*'))
-    by_hand = {}
-    if 'JAX_NUM_PROCESSES' in os.environ:
-        by_hand = dict(num_processes=n_processes, process_id=process_id)
-        address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')
-        if not address.rpartition(':')[2].isdecimal():
-            raise UserError('with JAX_NUM_PROCESSES, JAX_COORDINATOR_ADDRESS must be the host of '
-                            'the process with JAX_PROCESS_ID=0 and a free port on it, such as '
-                            f'node1:1234, not {address!r}')
-    if n_processes > 1 or on_tpu:
-        jax.distributed.initialize(**by_hand, heartbeat_timeout_seconds=heartbeat_timeout)
-        process_id = jax.process_index() if on_tpu else process_id
-        errors.process_label = f' in process {process_id}'
-        silence_other_processes(process_id)
-
 
 # -----------------------------------------------------------------------------
 # versions of JAX
@@ -265,7 +210,8 @@ def cpu_key():
 # standard output and signals
 
 class RobustStream:
-    """A text stream that discards what is written after its reader has closed the pipe.
+    """A text stream that discards what is written after its reader has closed the pipe, or its
+    terminal is gone.
 
     A tee that dies of the same Ctrl-C must not end a run before its checkpoint is saved.
     """
@@ -285,41 +231,91 @@ class RobustStream:
     def _try(self, call, *args):
         try:
             return call(*args)
-        except BrokenPipeError:
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def open_closed_streams():
+    """Open /dev/null for each standard stream that was closed at the start, which Python sets to
+    None."""
+    for name in ('stdin', 'stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            # gets the lowest free file descriptor, the stream's own, so that no other file can
+            stream = open(os.devnull, 'r' if name == 'stdin' else 'w', encoding='utf-8')
+            setattr(sys, name, stream)
+            setattr(sys, f'__{name}__', stream)
 
 
 def keep_stdout_open():
     """Make printing survive a closed pipe, and print each line at once, to a pipe or a file too."""
+    open_closed_streams()
     sys.stdout.reconfigure(line_buffering=True)
     sys.stdout = RobustStream(sys.stdout)
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or SIGINT, so that the loop can end at the next step.
+    """Remembers the first SIGINT (Ctrl-C), SIGTERM or SIGHUP (the terminal was closed), so that a
+    run can end at the next step; a line says so at once.
 
-    A second signal ends the process at once. Under jax.distributed, SIGTERM is left to JAX's own
-    handler, by which all processes agree on the step to end at, and SIGINT is forwarded as SIGTERM.
+    A second SIGINT or SIGTERM ends the process at once. SIGHUP never does, since a shell that ends
+    sends it twice, and is left alone if the process was started to ignore it, as by nohup. Under
+    jax.distributed, SIGTERM is left to JAX's own handler, by which all processes agree where to
+    stop, and the others are forwarded as SIGTERM. A context manager: it restores the handlers.
     """
 
     def __init__(self):
-        self.signum = None
-        self.signals = ((signal.SIGINT,) if jax.distributed.is_initialized() else
-                        (signal.SIGINT, signal.SIGTERM))
-        for signum in self.signals:
-            signal.signal(signum, self._remember)
+        self.signum, self.times_asked = None, 0
+        self.distributed = jax.distributed.is_initialized()
+        self.hangup = getattr(signal, 'SIGHUP', None)  # Windows has none
+        signals = [signal.SIGINT] + [signal.SIGTERM] * (not self.distributed)
+        if self.hangup and signal.getsignal(self.hangup) != signal.SIG_IGN:
+            signals.append(self.hangup)
+        # Python runs its handlers between instructions of the main thread, which may be waiting for
+        # a device. The numbers of the signals are written to this pipe at once
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        self.handlers = {signum: signal.signal(signum, self._remember) for signum in signals}
+        signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self._announce, daemon=True)
+        self.thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self.write_end)
+        self.thread.join()  # it reads the pipe to its end
 
     def _remember(self, signum, frame):
-        if jax.distributed.is_initialized():
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self.signum = signal.Signals(signum)
-        for each in self.signals:
-            signal.signal(each, signal.SIG_DFL)
+        if not self.distributed:
+            self.signum = self.signum or signal.Signals(signum)
 
-    def reached(self, iter_num):
-        """Whether to end before this iteration."""
-        if multihost_utils.reached_preemption_sync_point(iter_num):
+    def _announce(self):
+        first, pressed = True, 0
+        while number := os.read(self.read_end, 1):
+            signum = number[0]
+            if signum not in self.handlers:
+                continue
+            pressed += signum != self.hangup
+            if pressed > 1:
+                os._exit(128 + signum)
+            if first:
+                print(f'{signal.Signals(signum).name}: stopping after this step'
+                      + '; press again to stop now, without saving' * pressed, flush=True)
+                if self.distributed:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            first = False
+        os.close(self.read_end)
+
+    def reached(self):
+        """Whether to stop here. Several processes must ask equally often: they agree on a call."""
+        self.times_asked += 1
+        if multihost_utils.reached_preemption_sync_point(self.times_asked):
             self.signum = signal.SIGTERM
         return self.signum is not None
 

@@ -1,6 +1,7 @@
 """Several devices and processes: the same losses as on one device, what is exchanged, checkpoints
 that move between them, dead processes."""
 
+import os
 import re
 import signal
 import sys
@@ -70,7 +71,9 @@ def test_losses_and_weights_do_not_depend_on_devices_and_processes(one, processe
     if processes == 1:
         out = train(folder, *flags, **EIGHT, **OPTIMIZED)
     else:
-        out = run_processes(folder, processes, *TINY, *flags, devices=devices, **OPTIMIZED)
+        launcher = 'torchrun' if fsdp == 1 else 'by hand'
+        out = run_processes(folder, processes, *TINY, *flags, devices=devices, launcher=launcher,
+                            **OPTIMIZED)
     assert f'devices: {processes * devices} (cpu), processes: {processes}' in out
     assert f'mesh: data {processes * devices // fsdp} x fsdp {fsdp}, ' in out
     # float32 sums in another order may change the last of the printed digits
@@ -254,16 +257,6 @@ def test_a_dead_process_ends_the_others_and_the_run_can_be_resumed(
     # by one process, which is faster; a test above moves a run to and from two
     out = train(folder, *RESUME, '--max_iters=130', '--log_interval=20', '--eval_interval=1000')
     assert int(ITER.findall(out)[0][0]) % 20 == 0 and 'iter 120:' in out
-
-
-@pytest.mark.parametrize('env, words', [
-    ({'JAX_NUM_PROCESSES': 'two', 'JAX_PROCESS_ID': '0'}, ["'two'"]),
-    ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '2'}, ["'2'", 'index of this one, from 0']),
-    ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0'}, ['JAX_COORDINATOR_ADDRESS', "''"]),
-    ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0', 'JAX_COORDINATOR_ADDRESS': 'node1'},
-     ["'node1'", 'node1:1234'])])
-def test_wrong_process_variables_are_refused(folder, env, words):
-    one_line_error(run_inside(folder, 'train_jax.py', *TINY, **env), *words)
 
 
 def test_an_impossible_fsdp_or_heartbeat_timeout_is_refused(folder):

@@ -1,0 +1,199 @@
+"""
+The processes of a run: which of them this one is, by its launcher's variables, and how they find
+each other.
+"""
+
+import glob
+import http.client
+import importlib.util
+import os
+import re
+import socket
+import urllib.request
+
+import jax
+
+from nanogpt_jax import errors
+from nanogpt_jax.errors import UserError
+
+# -----------------------------------------------------------------------------
+# launchers
+
+# variables with the index of a process and the number of processes: set by hand, by torchrun (which
+# SLURM may have started), by SLURM and by Open MPI
+BY_HAND = ('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES')
+TORCHRUN = ('RANK', 'WORLD_SIZE')
+LAUNCHERS = (BY_HAND, TORCHRUN, ('SLURM_PROCID', 'SLURM_STEP_NUM_TASKS'),
+             ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'))
+
+
+def find_launcher():
+    """Which of LAUNCHERS has started this process, or None."""
+    for index, count in LAUNCHERS:
+        # job scripts export WORLD_SIZE alone for other programs
+        if count in os.environ and (index in os.environ or (index, count) != TORCHRUN):
+            return index, count
+    return None
+
+
+def process_rank():
+    """(index of this process, number of processes) as the launcher set them; (0, 1) without one.
+
+    Raises UserError if the launcher's environment variables are not such numbers.
+    """
+    launcher = find_launcher()
+    if launcher is None:
+        return 0, 1
+    values = [os.environ.get(name, '') for name in launcher]
+    if not all(v.isdecimal() for v in values) or int(values[0]) >= int(values[1]):
+        index, count = launcher
+        raise UserError(f'{count} is {values[1]!r} and {index} is {values[0]!r}; they must '
+                        'be the number of processes and the index of this one, from 0')
+    return int(values[0]), int(values[1])
+
+
+def by_hand_arguments():
+    """The arguments of jax.distributed.initialize for JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+    address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')
+    if not address.rpartition(':')[2].isdecimal():
+        raise UserError('with JAX_NUM_PROCESSES, JAX_COORDINATOR_ADDRESS must be the host of '
+                        'the process with JAX_PROCESS_ID=0 and a free port on it, such as '
+                        f'node1:1234, not {address!r}')
+    return dict(coordinator_address=address)
+
+
+def torchrun_arguments():
+    """The arguments of jax.distributed.initialize for the variables that torchrun sets."""
+    names = ('MASTER_ADDR', 'MASTER_PORT', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
+    host, port, local_rank, local_size = (os.environ.get(name, '') for name in names)
+    if not (host and port.isdecimal()):
+        raise UserError(f'with RANK and WORLD_SIZE, MASTER_ADDR (here {host!r}) and MASTER_PORT '
+                        f'(here {port!r}) must name the host of the process with RANK=0 and a '
+                        'port: start with torchrun, or see "Several processes" in JAX_README.md')
+    # torchrun itself listens at MASTER_PORT. Every process must derive the same other port: one
+    # below those that Linux gives to outgoing connections, any of which may be taken
+    other = os.environ.get('JAX_COORDINATOR_PORT') or 20000 + (int(port) + 5000) % 10000
+    # as in PyTorch, a GPU for each; a process that is alone on its machine takes all
+    one_each = local_rank.isdecimal() and local_size != '1'
+    return dict(coordinator_address=f'{host}:{other}', cluster_detection_method='deactivate',
+                local_device_ids=[int(local_rank)] if one_each else None)
+
+
+def check_port(address):
+    """Raise UserError if something else listens at the port of process 0's own address."""
+    # JAX would listen there too if it is another run's coordinator, and take its processes for ours
+    port = int(address.rpartition(':')[2])
+    try:
+        socket.create_server(('', port)).close()
+    except (OSError, OverflowError) as e:
+        raise UserError(f'process 0 cannot listen at port {port}, where the others look for it '
+                        f'({e}): give all of them another one, in JAX_COORDINATOR_ADDRESS or, with '
+                        'torchrun, in JAX_COORDINATOR_PORT') from e
+
+
+# -----------------------------------------------------------------------------
+# Cloud TPU
+
+def has_tpu(device):
+    """Whether --device=`device` lets JAX use a TPU that this machine has."""
+    # not /dev/vfio/vfio, a control node, nor /dev/accel, a folder with other accelerators: machines
+    # without a TPU have them too
+    chips = glob.glob('/dev/accel[0-9]*') + glob.glob('/dev/vfio/[0-9]*')
+    return bool(device in ('auto', 'tpu') and chips and importlib.util.find_spec('libtpu'))
+
+
+def has_tpu_workers():
+    """Whether this machine's TPU has other workers (hosts) too.
+
+    Reads what jax.distributed.initialize reads in JAX's cloud_tpu_cluster.py. That function itself
+    fails on a TPU alone, or waits for a host that is not there (Colab, Kaggle).
+    """
+    def n_slices(text):
+        return int(text) if text and text.isdecimal() else 1
+    if n_slices(os.environ.get('MEGASCALE_NUM_SLICES')) > 1:
+        return True
+    workers = worker_hostnames()
+    if workers is not None:
+        return len(workers.split(',')) > 1
+    if 'TPU_SKIP_MDS_QUERY' in os.environ:
+        return False
+    if len(gce_metadata('worker-network-endpoints').split(',')) > 1:
+        return True
+    slices = re.search(r"^MEGASCALE_NUM_SLICES: *'?(\d+)", gce_metadata('tpu-env'), re.M)
+    return slices is not None and n_slices(slices[1]) > 1
+
+
+def worker_hostnames():
+    """The hosts of a TPU slice as its environment names them, separated by commas, or None."""
+    path = os.environ.get('TPU_PROCESS_ADDRESSES_PATH')
+    if path:
+        try:
+            with open(path, encoding='utf-8') as f:
+                return f.read().strip()
+        except OSError as e:
+            raise UserError(f'TPU_PROCESS_ADDRESSES_PATH is {path!r}, which cannot be read: {e}'
+                            ) from e
+    return os.environ.get('TPU_PROCESS_ADDRESSES', os.environ.get('TPU_WORKER_HOSTNAMES'))
+
+
+def gce_metadata(key):
+    """An attribute of this machine from Google's metadata server; '' where there is none."""
+    # by its number, since looking up its name may take long where it does not exist
+    host = os.environ.get('GCE_METADATA_IP', '169.254.169.254')
+    request = urllib.request.Request(
+        f'http://{host}/computeMetadata/v1/instance/attributes/{key}',
+        headers={'Metadata-Flavor': 'Google'})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=2) as response:
+            return response.read().decode(errors='replace')
+    except (OSError, http.client.HTTPException):
+        return ''
+
+
+# -----------------------------------------------------------------------------
+# connecting
+
+def silence_other_processes(rank):
+    """Only process 0 prints; errors are printed by each."""
+    if rank > 0:
+        # the file descriptor, not sys.stdout: libraries print from C++ too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def start_processes(device, heartbeat_timeout):
+    """Connect the processes that a launcher has started, by jax.distributed; nothing for one alone.
+
+    JAX itself finds SLURM, Open MPI and Cloud TPU. heartbeat_timeout: seconds without a sign of
+    life after which a process counts as dead, which ends the others. Returns the index of this
+    process. Raises UserError if a launcher's variable is missing, if JAX is in use already, and for
+    a timeout below one second.
+    """
+    if heartbeat_timeout < 1:
+        raise UserError(f'heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second')
+    launcher, (rank, count) = find_launcher(), process_rank()
+    on_tpu, arguments = has_tpu(device), {}
+    if launcher == BY_HAND:
+        arguments = by_hand_arguments()
+    elif launcher == TORCHRUN and count > 1:
+        arguments = torchrun_arguments()
+    if launcher in (BY_HAND, TORCHRUN):
+        arguments |= dict(num_processes=count, process_id=rank)
+        if on_tpu:  # JAX would ask Google's metadata server for what it knows already
+            arguments['cluster_detection_method'] = 'deactivate'
+    if not (count > 1 if launcher else on_tpu and has_tpu_workers()):
+        return rank
+    if rank == 0 and 'coordinator_address' in arguments:
+        check_port(arguments['coordinator_address'])
+    try:
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_timeout)
+    except RuntimeError as e:
+        if 'must be called before' not in str(e):
+            raise
+        raise UserError('several processes must be connected before JAX is used, and this one has '
+                        'used it already: start the script as a process of its own, not inside a '
+                        'notebook') from e
+    rank = rank if launcher else jax.process_index()
+    errors.process_label = f' in process {rank}'
+    silence_other_processes(rank)
+    return rank
