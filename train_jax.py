@@ -126,11 +126,6 @@ elif not eval_only and (steps := utils.steps_on_disk(out_dir)):
     raise UserError(f'{out_dir} holds checkpoints of another run (iteration {steps[-1]}): resume '
                     'it with --init_from=resume, or choose another --out_dir')
 utils.check_settings(config)
-if eval_only and 'wandb_log' not in given:
-    wandb_log = False # evaluating a checkpoint is not a run of its own
-wandb_log = wandb_log and rank == 0 # only process 0 logs
-if wandb_log:
-    check_wandb()
 
 # how a global batch is split over the devices
 global_batch_size = gradient_accumulation_steps * batch_size
@@ -160,6 +155,11 @@ elif saved:
     chars = saved['chars']
 get_batch = partial(utils.get_train_batch, mesh, data_dir, global_batch_size, grad_accum_steps,
                     block_size, seed) # iter_num -> x, y
+
+# only process 0 logs, and evaluating a checkpoint is not a run of its own
+wandb_log = wandb_log and rank == 0 and not (eval_only and 'wandb_log' not in given)
+if wandb_log:
+    check_wandb() # complains before the model is built
 
 def create_state():
     """Returns (training state on the mesh's devices, model_args) for init_from."""

@@ -188,9 +188,11 @@ def wandb_explained():
         wandb = optional_import('wandb')
     except UserError as e:
         raise UserError(f'{e}, or give --wandb_log=False') from e
+    hook = sys.excepthook
     try:
         yield wandb
     except wandb.errors.Error as e:
+        sys.excepthook = hook  # wandb's own prints a traceback
         raise UserError(f'Weights & Biases cannot be used ({e}): run `wandb login`, or set '
                         'WANDB_MODE=offline to keep the log here, or give --wandb_log=False'
                         ) from e

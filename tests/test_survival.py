@@ -209,7 +209,7 @@ def test_a_run_is_saved_when_its_terminal_is_closed(folder):
     terminal, theirs = pty.openpty()
     # the first terminal that the leader of a session opens becomes its own
     process = subprocess.Popen(
-        ['sh', '-c', f'exec "$@" <{os.ttyname(theirs)} >&0', 'sh', *TRAIN, *TINY,
+        ['sh', '-c', f'exec "$@" <>{os.ttyname(theirs)} >&0', 'sh', *TRAIN, *TINY,
          '--max_iters=100000'],
         cwd=folder, stderr=subprocess.PIPE, env=os.environ | ENV, start_new_session=True)
     out = b''
