@@ -15,10 +15,9 @@ from flax import nnx
 
 from jax_train_utils import Checkpoints, abstract_train_state, split_model
 from jax_transformer import GPT, GPTConfig
-from nanogpt_jax.devices import (
-    compute_dtype, enable_compilation_cache, open_closed_streams, select_devices,
-)
+from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
+from nanogpt_jax.processes import open_closed_streams
 from nanogpt_jax.sampling import Continuation, stream_tokens
 from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import get_tokenizer, read_prompt

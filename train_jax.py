@@ -25,13 +25,12 @@ from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.metrics import (
     MetricsFile, StepLog, check_finite, check_wandb, progress, start_wandb,
 )
-from nanogpt_jax.processes import process_rank, silence_other_processes, start_processes
+from nanogpt_jax.processes import StopRequest, keep_stdout_open, start_processes
 from nanogpt_jax.sharding import choose_micro_batch_size, mesh_for_batch, state_bytes
 from nanogpt_jax.tokenizer import load_meta
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
-silence_other_processes(process_rank()[0])
-machine.keep_stdout_open()
+keep_stdout_open()
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 (124M) on OpenWebText
 # files and logging
@@ -247,7 +246,7 @@ if init_from == 'resume':
 metrics_file = MetricsFile(out_dir, iter_num) if rank == 0 else None
 
 # compile
-stop = machine.StopRequest() # signals end the loop before its next iteration
+stop = StopRequest() # signals end the loop before its next iteration
 batch = get_batch(iter_num)
 t0 = time.time()
 train_step = train_step.lower(state, *batch, np.int32(iter_num)).compile()

@@ -23,12 +23,10 @@ from helpers import (
 )
 
 import jax_train_utils as utils
-from nanogpt_jax import devices
 from nanogpt_jax.checkpoint import (
     CHECKSUMS, LOCK, Checkpoints, find_damage, hold_out_dir, release_out_dir, steps_on_disk,
 )
-from nanogpt_jax.devices import RobustStream, StopRequest
-from nanogpt_jax.errors import UserError
+from nanogpt_jax.processes import RobustStream, StopRequest, open_closed_streams
 
 KILLS = int(os.environ.get('KILLS', 5))  # 50 by hand, see JAX_README.md
 
@@ -155,7 +153,7 @@ def test_parts_of_an_evaluation_are_equal_and_short():
 
 COMPUTES_FOR_EVER = '''
 import jax
-from nanogpt_jax.devices import StopRequest
+from nanogpt_jax.processes import StopRequest
 stop = StopRequest()
 for_ever = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: -x, x))
 for_ever = for_ever.lower(1).compile()
@@ -242,7 +240,7 @@ def test_a_run_with_closed_standard_streams_is_as_any_other(folder):
 def test_a_closed_standard_stream_is_opened(monkeypatch, name, mode):
     monkeypatch.setattr(sys, name, None)
     monkeypatch.setattr(sys, f'__{name}__', None)
-    devices.open_closed_streams()
+    open_closed_streams()
     stream = getattr(sys, name)
     assert stream is getattr(sys, f'__{name}__')
     assert (stream.name, stream.mode) == (os.devnull, mode)
