@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 
@@ -70,21 +71,42 @@ def test_a_stopped_run_is_saved_and_resumes_as_if_never_stopped(folder, signum, 
     np.testing.assert_equal(state, saved(folder, 'uninterrupted', last + 6)[0])
 
 
-@pytest.mark.parametrize('signum, flags', [
-    (signal.SIGINT, ['--log_interval=50']),
-    # in an evaluation that takes some seconds
-    (signal.SIGTERM, ['--eval_interval=1', '--eval_iters=8000'])])
-def test_processes_agree_where_to_stop(folder, signum, flags):
-    started = start_processes(folder, 2, *TINY, '--max_iters=100000', *flags)
+def test_processes_agree_on_the_step_to_stop_at(folder):
+    started = start_processes(folder, 2, *TINY, '--max_iters=100000', '--log_interval=50')
     for line in started[0].stdout:
         if line.startswith('iter '):
             break
-    started[-1].send_signal(signum)  # to one of them only
+    started[-1].send_signal(signal.SIGINT)  # to one of them only
     (out, err), (_, other) = (process.communicate(timeout=120) for process in started)
     assert [process.returncode for process in started] == [0, 0], err + other
     last = re.search(r'stopped by SIGTERM before iteration (\d+)', out)[1]
     assert last == str(Checkpoints(folder / 'out_jax', read_only=True).latest_valid_step())
-    assert signum == signal.SIGINT or f'step {last}:' not in out
+
+
+def test_processes_agree_on_the_part_of_an_evaluation_to_stop_at(folder):
+    code = textwrap.dedent('''
+        import os, runpy, signal, sys, time
+        import jax_train_utils as utils
+        load_batch, parts = utils.load_batch, []
+        def stopped(mesh, data_dir, split, *args):
+            parts.append(split)
+            print(split, file=sys.stderr)
+            # the fifth of the second evaluation's 20 parts of this split
+            if parts.count('val') == 25 and os.environ['JAX_PROCESS_ID'] == '1':
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(2)  # JAX looks for the signal once a second
+            return load_batch(mesh, data_dir, split, *args)
+        utils.load_batch = stopped
+        runpy.run_path(ROOT + '/train_jax.py', run_name='__main__')
+    ''').replace('ROOT', repr(ROOT))
+    started = start_processes(folder, 2, *TINY, '--eval_interval=1', '--eval_iters=40',
+                              command=[sys.executable, '-c', code])
+    (out, err), (_, other) = (process.communicate(timeout=120) for process in started)
+    assert [process.returncode for process in started] == [0, 0], err + other
+    assert 'stopped by SIGTERM before iteration 1;' in out
+    assert err.count('val\n') == other.count('val\n') < 40
+    assert [step for step, *_ in STEP.findall(out)] == ['0']
+    assert steps_on_disk(folder / 'out_jax') == [1]
 
 
 def test_a_run_is_saved_when_ctrl_c_also_ends_the_reader_of_its_log(folder):
