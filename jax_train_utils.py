@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jax_transformer import GPT
 # handed on, so that a script gets optimizer, schedule, batches and checkpoints from one file
 from nanogpt_jax.checkpoint import Checkpoints as Checkpoints
+from nanogpt_jax.checkpoint import hold_out_dir as hold_out_dir
 from nanogpt_jax.checkpoint import steps_on_disk as steps_on_disk
 from nanogpt_jax.devices import on_host
 from nanogpt_jax.errors import UserError, check_memory
@@ -375,30 +376,47 @@ def make_eval_step(graphdef, mesh=None):
     return eval_step
 
 
+def n_parts(n_batches, params, tokens):
+    """How many equal parts to evaluate n_batches in, of `tokens` each on a device: at least 20 if
+    there are as many batches."""
+    # equal, so that eval_step compiles once. A run can stop between parts, so none should take
+    # longer than about a second, on a CPU too: 1e11 FLOPs, two for each parameter and token
+    flops = 2 * tokens * sum(p.size for p in jax.tree.leaves(params))
+    most = max(1, min(n_batches // 20, int(1e11 // flops)))
+    return next(n for n in range(1, n_batches + 1)
+                if n_batches % n == 0 and n_batches // n <= most)
+
+
 def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, block_size,
-                  micro_batch_size, progress=lambda items, description: items, vocab_size=ALL_IDS):
+                  micro_batch_size, progress=lambda items, description: items, vocab_size=ALL_IDS,
+                  stopped=lambda: False):
     """{'train': loss, 'val': loss}: means over eval_iters batches, the same batches in every run.
 
     micro_batch_size: the most sequences that a device processes at a time. progress(items,
-    description): wraps the loop over the parts of an evaluation. Raises UserError for an id in the
-    data that is not below vocab_size.
+    description): wraps the loop over the parts of an evaluation. stopped(): asked before each part;
+    None is returned once it is true. Raises UserError for an id in the data that is not below
+    vocab_size.
     """
     means = {}
     for split in ('train', 'val'):
         n_offsets = count_tokens(data_dir, split, block_size) - block_size
         offsets = np.concatenate([batch_offsets(batch_size, n_offsets, 0, k, EVAL)
                                   for k in range(eval_iters)])
-        # padded to batches of B sequences, evaluated in up to 20 equal parts, so that eval_step
-        # compiles once
+        # padded to batches of B sequences
         B = min(mesh.size * micro_batch_size, math.ceil(len(offsets) / mesh.size) * mesh.size)
         offsets = np.pad(offsets, (0, -len(offsets) % B), constant_values=-1).reshape(-1, B)
-        n_parts = max(n for n in range(1, 21) if len(offsets) % n == 0)
-        results = [eval_step(params, *load_batch(mesh, data_dir, split, part, block_size,
-                                                 vocab_size))
-                   for part in np.split(offsets, n_parts)]
-        losses, counts = zip(*[jax.device_get(result)
-                               for result in progress(results, f'evaluating {split}')])
-        losses, counts = np.concatenate(losses).astype(np.float64), np.concatenate(counts)
+        results = []
+        parts = np.split(offsets, n_parts(len(offsets), params, B // mesh.size * block_size))
+        for part in progress(parts, f'evaluating {split}'):
+            if stopped():
+                return None
+            batch = load_batch(mesh, data_dir, split, part, block_size, vocab_size)
+            results.append(eval_step(params, *batch))
+            # the devices have the next part to compute meanwhile; more would have to end first
+            # when the run is to stop
+            jax.block_until_ready(results[-2:-1])
+        losses, counts = map(np.concatenate, zip(*jax.device_get(results)))
+        losses = losses.astype(np.float64)
         means[split] = float(np.average(losses, weights=counts))
     return means
 

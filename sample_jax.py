@@ -19,6 +19,7 @@ from jax_train_utils import Checkpoints, abstract_train_state, check_settings, s
 from jax_transformer import GPT, GPTConfig
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
+from nanogpt_jax.processes import open_closed_streams
 from nanogpt_jax.sampling import (
     Continuation, check_sampling_memory, check_sampling_settings, stream_tokens,
 )
@@ -26,6 +27,7 @@ from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import get_tokenizer, read_prompt
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
+open_closed_streams()
 # standard output is for the samples; all else goes to standard error
 samples_out, sys.stdout = sys.stdout, sys.stderr
 # -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from flax import nnx
 import jax_train_utils as utils
 import jax_transformer
 from jax_transformer import GPT, GPTConfig, export_torch_weights, load_torch_weights
-from nanogpt_jax import devices, sharding, tokenizer
+from nanogpt_jax import devices, processes, sharding, tokenizer
 from nanogpt_jax.checkpoint import Checkpoints, checksum
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.metrics import NonFiniteError, check_finite
@@ -235,9 +235,14 @@ def test_launchers_are_recognized_by_their_environment_variables():
             ({'JAX_PROCESS_ID': '1', 'JAX_NUM_PROCESSES': '3'}, (1, 3)),
             ({'SLURM_PROCID': '2', 'SLURM_STEP_NUM_TASKS': '4'}, (2, 4)),
             ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '4'}, (0, 1)),  # the shell of an allocation
-            ({'OMPI_COMM_WORLD_RANK': '1', 'OMPI_COMM_WORLD_SIZE': '2'}, (1, 2))):
+            ({'OMPI_COMM_WORLD_RANK': '1', 'OMPI_COMM_WORLD_SIZE': '2'}, (1, 2)),
+            ({'RANK': '3', 'WORLD_SIZE': '4'}, (3, 4)),  # torchrun
+            ({'WORLD_SIZE': '4'}, (0, 1)),  # a job script's, for another program
+            # SLURM has started torchrun once on each machine
+            ({'RANK': '3', 'WORLD_SIZE': '4', 'SLURM_PROCID': '1', 'SLURM_STEP_NUM_TASKS': '2'},
+             (3, 4))):
         with mock.patch.dict(os.environ, env):
-            assert devices.process_rank() == want, env
+            assert processes.process_rank() == want, env
 
 
 @area('devices')

@@ -22,16 +22,18 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -
 import jax_train_utils as utils
 from jax_transformer import GPT_ARGS, GPTConfig
 from nanogpt_jax import devices as machine
-from nanogpt_jax.errors import UserError, optional_import, report_user_error
-from nanogpt_jax.metrics import MetricsFile, StepLog, check_finite, progress
+from nanogpt_jax.errors import UserError, report_user_error
+from nanogpt_jax.metrics import (
+    MetricsFile, StepLog, check_finite, check_wandb, progress, start_wandb,
+)
+from nanogpt_jax.processes import StopRequest, keep_stdout_open, start_processes
 from nanogpt_jax.sharding import (
     choose_micro_batch_size, describe_small_micro_batches, mesh_for_batch, state_bytes,
 )
 from nanogpt_jax.tokenizer import load_meta
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
-machine.silence_other_processes(machine.process_rank()[0])
-machine.keep_stdout_open()
+keep_stdout_open()
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 (124M) on OpenWebText
 # files and logging
@@ -87,7 +89,9 @@ config, given = configure(globals()) # all settings, and the names of those that
 # -----------------------------------------------------------------------------
 
 # processes and devices first: JAX must know --device before anything uses it
-machine.start_processes(device, heartbeat_timeout)
+rank = start_processes(device, heartbeat_timeout)
+if rank == 0 and not eval_only:
+    utils.hold_out_dir(out_dir, resume=init_from == 'resume') # no other run writes there
 devices = machine.select_devices(device)
 if compilation_cache:
     machine.enable_compilation_cache()
@@ -157,6 +161,11 @@ elif saved:
 vocab_size = saved['model_args']['vocab_size'] if saved else meta_vocab_size or 50304
 utils.check_tokens(data_dir, vocab_size)
 
+# only process 0 logs, and evaluating a checkpoint is not a run of its own
+wandb_log = wandb_log and rank == 0 and not (eval_only and 'wandb_log' not in given)
+if wandb_log:
+    check_wandb() # complains before the model is built
+
 def create_state():
     """Returns (training state on the mesh's devices, model_args) for init_from."""
     global iter_num, best_val_loss, saved
@@ -220,32 +229,24 @@ train_step = utils.make_train_step(
 eval_step = utils.make_eval_step(eval_graphdef, mesh)
 
 # logging
-if eval_only and 'wandb_log' not in given:
-    wandb_log = False # evaluating a checkpoint is not a run of its own
-wandb_log = wandb_log and jax.process_index() == 0 # only process 0 logs
 # a resumed run keeps its wandb id, which is in its checkpoints even if wandb_log was off meanwhile
 run_id = saved['config'].get('wandb_run_id') if saved and not eval_only else None
 if wandb_log:
-    wandb = optional_import('wandb')
-    run_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id,
-                        resume='allow').id
+    wandb, run_id = start_wandb(wandb_project, wandb_run_name, config, run_id)
 if run_id:
     config['wandb_run_id'] = run_id
 
-def evaluate(mfu=-1.0, **last_step):
-    """Compute, log and return the losses of both splits."""
-    losses = utils.estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters,
-                                 batch_size, block_size, micro_batch_size, progress, vocab_size)
+def evaluate(stopped=lambda: False, mfu=-1.0, **last_step):
+    """Compute, log and return the losses of both splits; None as soon as stopped() is true."""
+    losses = utils.estimate_loss(eval_step, state['params'], mesh, data_dir, eval_iters, batch_size,
+                                 block_size, micro_batch_size, progress, vocab_size, stopped)
+    if losses is None:
+        return None
     print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     if wandb_log:
-        wandb.log({
-            'iter': iter_num,
-            'train/loss': losses['train'],
-            'val/loss': losses['val'],
-            'lr': float(schedule(iter_num)),
-            'mfu': mfu * 100, # in percent
-            **last_step,
-        })
+        wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
+                   'lr': float(schedule(iter_num)), 'mfu': mfu * 100, # in percent
+                   **last_step})
     return losses
 
 if eval_only:
@@ -256,10 +257,10 @@ if eval_only:
 checkpoints = utils.Checkpoints(out_dir)
 if init_from == 'resume':
     checkpoints.quarantine_after(iter_num) # damaged ones, which would block later saves
-metrics_file = MetricsFile(out_dir, iter_num) if jax.process_index() == 0 else None
+metrics_file = MetricsFile(out_dir, iter_num) if rank == 0 else None
 
 # compile
-stop = machine.StopRequest() # SIGTERM and SIGINT end the loop before its next iteration
+stop = StopRequest() # signals end the loop before its next iteration
 batch = get_batch(iter_num)
 t0 = time.time()
 train_step = train_step.lower(state, *batch, np.int32(iter_num)).compile()
@@ -270,15 +271,17 @@ start_iter = iter_num
 log = StepLog(start_iter, max_iters, tokens_per_iter,
               lambda dt: model.estimate_mfu(global_batch_size, dt, mesh.size * peak),
               schedule, metrics_file, checkpoints.describe_valid)
-with checkpoints: # closes them at the end
-    while iter_num <= max_iters and not stop.reached(iter_num):
+with stop, checkpoints: # closes them at the end
+    while iter_num <= max_iters and not stop.reached():
 
         # every eval_interval: the losses of both splits, and a checkpoint
         if iter_num % eval_interval == 0:
             log.flush()
             jax.block_until_ready(state)
             log.pause()
-            losses = evaluate(log.running_mfu, **log.last_step)
+            losses = evaluate(stop.reached, log.running_mfu, **log.last_step)
+            if losses is None: # a signal has broken it off
+                break
             log.evaluated(iter_num, losses)
             improved = losses['val'] < best_val_loss
             if improved or always_save_checkpoint:

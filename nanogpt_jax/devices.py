@@ -1,81 +1,21 @@
 """
-The machine that a script runs on: processes, the version of JAX, devices and their peaks, the
-compilation cache, memory that malloc keeps, standard output and signals.
+The machine that a script runs on: the version of JAX, devices and their peaks, the compilation
+cache, and memory that malloc keeps.
 """
 
 import contextlib
 import ctypes
-import glob
 import hashlib
 import importlib.util
 import os
 import platform as machine
 import re
-import signal
-import sys
 import warnings
 
 import jax
 import jaxlib
-from jax.experimental import multihost_utils
 
-from nanogpt_jax import errors
 from nanogpt_jax.errors import UserError
-
-# -----------------------------------------------------------------------------
-# processes
-
-def process_rank():
-    """(index of this process, number of processes) as the launcher set them; (0, 1) without one.
-
-    Raises UserError if the launcher's environment variables are not such numbers.
-    """
-    for index, count in (('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES'),
-                         ('SLURM_PROCID', 'SLURM_STEP_NUM_TASKS'),
-                         ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE')):
-        if count in os.environ:
-            values = [os.environ.get(name, '') for name in (index, count)]
-            if not all(v.isdecimal() for v in values) or int(values[0]) >= int(values[1]):
-                raise UserError(f'{count} is {values[1]!r} and {index} is {values[0]!r}; they must '
-                                'be the number of processes and the index of this one, from 0')
-            return int(values[0]), int(values[1])
-    return 0, 1
-
-
-def silence_other_processes(rank):
-    """Only process 0 prints; errors are printed by each."""
-    if rank > 0:
-        # the file descriptor, not sys.stdout: libraries print from C++ too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def start_processes(device, heartbeat_timeout):
-    """Connect the processes that a launcher has started, by jax.distributed; nothing for one alone.
-
-    JAX itself finds SLURM, Open MPI and Cloud TPU; otherwise JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set. heartbeat_timeout: seconds without a sign of
-    life after which a process counts as dead, which ends the others. Raises UserError if one of the
-    three variables is missing, and for a timeout below one second.
-    """
-    if heartbeat_timeout < 1:
-        raise UserError(f'heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second')
-    process_id, n_processes = process_rank()
-    on_tpu = (device in ('auto', 'tpu') and importlib.util.find_spec('libtpu')
-              and glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*'))
-    by_hand = {}
-    if 'JAX_NUM_PROCESSES' in os.environ:
-        by_hand = dict(num_processes=n_processes, process_id=process_id)
-        address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')
-        if not address.rpartition(':')[2].isdecimal():
-            raise UserError('with JAX_NUM_PROCESSES, JAX_COORDINATOR_ADDRESS must be the host of '
-                            'the process with JAX_PROCESS_ID=0 and a free port on it, such as '
-                            f'node1:1234, not {address!r}')
-    if n_processes > 1 or on_tpu:
-        jax.distributed.initialize(**by_hand, heartbeat_timeout_seconds=heartbeat_timeout)
-        process_id = jax.process_index() if on_tpu else process_id
-        errors.process_label = f' in process {process_id}'
-        silence_other_processes(process_id)
-
 
 # -----------------------------------------------------------------------------
 # versions of JAX
@@ -259,71 +199,3 @@ def cpu_key():
     except (OSError, StopIteration):
         pass  # not Linux, or a CPU of another kind
     return hashlib.sha256(features.encode()).hexdigest()[:16]
-
-
-# -----------------------------------------------------------------------------
-# standard output and signals
-
-class RobustStream:
-    """A text stream that discards what is written after its reader has closed the pipe.
-
-    A tee that dies of the same Ctrl-C must not end a run before its checkpoint is saved.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        return self._try(self.stream.write, text)
-
-    def flush(self):
-        self._try(self.stream.flush)
-
-    def _try(self, call, *args):
-        try:
-            return call(*args)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-def keep_stdout_open():
-    """Make printing survive a closed pipe, and print each line at once, to a pipe or a file too."""
-    sys.stdout.reconfigure(line_buffering=True)
-    sys.stdout = RobustStream(sys.stdout)
-
-
-class StopRequest:
-    """Remembers the first SIGTERM or SIGINT, so that the loop can end at the next step.
-
-    A second signal ends the process at once. Under jax.distributed, SIGTERM is left to JAX's own
-    handler, by which all processes agree on the step to end at, and SIGINT is forwarded as SIGTERM.
-    """
-
-    def __init__(self):
-        self.signum = None
-        self.signals = ((signal.SIGINT,) if jax.distributed.is_initialized() else
-                        (signal.SIGINT, signal.SIGTERM))
-        for signum in self.signals:
-            signal.signal(signum, self._remember)
-
-    def _remember(self, signum, frame):
-        if jax.distributed.is_initialized():
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self.signum = signal.Signals(signum)
-        for each in self.signals:
-            signal.signal(each, signal.SIG_DFL)
-
-    def reached(self, iter_num):
-        """Whether to end before this iteration."""
-        if multihost_utils.reached_preemption_sync_point(iter_num):
-            self.signum = signal.SIGTERM
-        return self.signum is not None
-
-    @property
-    def exit_code(self):
-        """130 after Ctrl-C, as in a shell, else 0: SIGTERM is how schedulers end a job."""
-        return 130 if self.signum == signal.SIGINT else 0

@@ -13,11 +13,14 @@ class UserError(ValueError):
 
 def optional_import(name):
     """Import a package that only some commands need. Raises UserError if it is not installed."""
+    package = name.split('.')[0]
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
+        if importlib.import_module(package).__file__ is None:  # a folder, as wandb's with its logs
+            raise ImportError(f'{package} is a folder without a package')
     except ImportError as e:
-        package = name.split('.')[0]
         raise UserError(f'this needs the package {package}: pip install {package}') from e
+    return module
 
 
 def check_memory(n_bytes, what, hint):

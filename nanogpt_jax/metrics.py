@@ -1,8 +1,9 @@
 """
-What a run reports: nanoGPT's line for each step, metrics.jsonl in out_dir, and, on a terminal, the
-time left and progress bars.
+What a run reports: nanoGPT's line for each step, metrics.jsonl in out_dir, Weights & Biases, and,
+on a terminal, the time left and progress bars.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 import time
 from datetime import timedelta
 
-from nanogpt_jax.errors import UserError
+from nanogpt_jax.errors import UserError, optional_import
 
 METRICS = 'metrics.jsonl'
 BAR_DELAY = 3  # seconds before a progress bar appears
@@ -176,6 +177,43 @@ def read_metrics(path):
                 and abs(values['iter']) < 2 ** 63):
             found.append(values)
     return found
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases
+
+@contextlib.contextmanager
+def wandb_explained():
+    """The package wandb, for a with block in which its errors become UserErrors."""
+    try:
+        wandb = optional_import('wandb')
+    except UserError as e:
+        raise UserError(f'{e}, or give --wandb_log=False') from e
+    hook = sys.excepthook
+    try:
+        yield wandb
+    except wandb.errors.Error as e:
+        sys.excepthook = hook  # wandb's own prints a traceback
+        raise UserError(f'Weights & Biases cannot be used ({e}): run `wandb login`, or set '
+                        'WANDB_MODE=offline to keep the log here, or give --wandb_log=False'
+                        ) from e
+
+
+def check_wandb():
+    """Raise UserError if start_wandb will find no key: now, not after the model is built.
+
+    On a terminal wandb asks for the key.
+    """
+    with wandb_explained() as wandb:
+        if wandb.setup().settings.mode not in ('offline', 'dryrun', 'disabled'):
+            wandb.login(verify=False)
+
+
+def start_wandb(project, name, config, run_id):
+    """(the package wandb, the run's id). run_id: of the run to continue, or None."""
+    with wandb_explained() as wandb:
+        run = wandb.init(project=project, name=name, config=config, id=run_id, resume='allow')
+        return wandb, run.id
 
 
 # -----------------------------------------------------------------------------

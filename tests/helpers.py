@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import jax_train_utils as utils
 from jax_transformer import GPTConfig
-from nanogpt_jax.checkpoint import Checkpoints
+from nanogpt_jax.checkpoint import Checkpoints, release_out_dir
 from nanogpt_jax.sharding import make_mesh
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -180,20 +180,30 @@ def train(folder, *args, devices=1, **env):
     return result.stdout
 
 
-def start_processes(folder, n, *args, devices=1, command=TRAIN, **env):
-    """Start the n processes of one training run, with `devices` devices each."""
+def start_processes(folder, n, *args, devices=1, command=TRAIN, launcher='by hand', **env):
+    """Start the n processes of one training run, with `devices` devices each.
+
+    launcher: with the variables to set 'by hand', or with those that 'torchrun' sets.
+    """
     with socket.socket() as s:
         s.bind(('localhost', 0))
-        address = f'localhost:{s.getsockname()[1]}'
-    env |= {'PYTHONPATH': ROOT, 'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(n),
-            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
-    return [start(folder, *command[1:], *args, cores=ALL_CORES, **env, JAX_PROCESS_ID=str(i))
+        port = str(s.getsockname()[1])
+    env |= {'PYTHONPATH': ROOT, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    if launcher == 'torchrun':
+        env |= {'MASTER_ADDR': 'localhost', 'MASTER_PORT': port, 'LOCAL_WORLD_SIZE': str(n)}
+        index, count = ('RANK', 'LOCAL_RANK'), 'WORLD_SIZE'
+    else:
+        env |= {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}'}
+        index, count = ('JAX_PROCESS_ID',), 'JAX_NUM_PROCESSES'
+    env[count] = str(n)
+    return [start(folder, *command[1:], *args, cores=ALL_CORES, **env,
+                  **{name: str(i) for name in index})
             for i in range(n)]
 
 
-def run_processes(folder, n, *args, devices=1, **env):
+def run_processes(folder, n, *args, devices=1, **kwargs):
     """stdout of the first of n processes of a training run that must succeed."""
-    started = start_processes(folder, n, *args, devices=devices, **env)
+    started = start_processes(folder, n, *args, devices=devices, **kwargs)
     results = [finish(process) for process in started]
     assert [result.returncode for result in results] == [0] * n, results
     return results[0].stdout
@@ -258,6 +268,7 @@ def process_state_restored():
         with warnings.catch_warnings():
             yield
     finally:
+        release_out_dir()
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environ)
@@ -266,6 +277,7 @@ def process_state_restored():
             setattr(sys, name, value)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(-1)
         logging.getLogger('absl').setLevel(absl_level)
         for name, value in jax.config.values.items():
             if value != jax_settings[name]:

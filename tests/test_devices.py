@@ -71,7 +71,9 @@ def test_losses_and_weights_do_not_depend_on_devices_and_processes(one, processe
     if processes == 1:
         out = train(folder, *flags, **EIGHT, **OPTIMIZED)
     else:
-        out = run_processes(folder, processes, *TINY, *flags, devices=devices, **OPTIMIZED)
+        launcher = 'torchrun' if fsdp == 1 else 'by hand'
+        out = run_processes(folder, processes, *TINY, *flags, devices=devices, launcher=launcher,
+                            **OPTIMIZED)
     assert f'devices: {processes * devices} (cpu), processes: {processes}' in out
     assert f'mesh: data {processes * devices // fsdp} x fsdp {fsdp}, ' in out
     # float32 sums in another order may change the last of the printed digits
@@ -276,16 +278,6 @@ def test_what_one_process_cannot_read_is_resumed_by_none(folder):
     assert [process.returncode for process in started] == [0, 0], err + other
     assert '6 is damaged: OSError: another process cannot read it; it is not used' in out
     assert [n for n, *_ in ITER.findall(out)] == ['4', '5', '6', '7']
-
-
-@pytest.mark.parametrize('env, words', [
-    ({'JAX_NUM_PROCESSES': 'two', 'JAX_PROCESS_ID': '0'}, ["'two'"]),
-    ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '2'}, ["'2'", 'index of this one, from 0']),
-    ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0'}, ['JAX_COORDINATOR_ADDRESS', "''"]),
-    ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0', 'JAX_COORDINATOR_ADDRESS': 'node1'},
-     ["'node1'", 'node1:1234'])])
-def test_wrong_process_variables_are_refused(folder, env, words):
-    one_line_error(run_inside(folder, 'train_jax.py', *TINY, **env), *words)
 
 
 def test_an_impossible_fsdp_or_heartbeat_timeout_is_refused(folder):

@@ -175,6 +175,8 @@ def test_the_vocabulary_comes_from_the_checkpoint(trained):
     (['--start='], ['prompt is empty']),
     (['--start=FILE:absent.txt'], ['absent.txt']),
     (['--out_dir=absent'], ['absent does not exist']),
+    (['--out_dir='], ['out_dir is empty']),
+    (['--out_dir=latin1.txt'], ['latin1.txt', 'a file and not a folder']),
     (['--checkpoint=3'], ["'3'", 'latest']),
     (['--top_k=0'], ['top_k is 0']),
     (['--top_p=0.0'], ['top_p is 0']),

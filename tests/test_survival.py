@@ -1,13 +1,20 @@
 """Runs that are stopped, killed, run out of disk space, diverge, or lose files of a checkpoint."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import pty
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
+import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -15,12 +22,16 @@ import helpers
 import numpy as np
 import pytest
 from helpers import (
-    ENV, ITER, OPTIMIZED, ROOT, TINY, TRAIN, abstract_state, finish, one_line_error, run,
+    ENV, ITER, OPTIMIZED, ROOT, STEP, TINY, TRAIN, abstract_state, finish, one_line_error, run,
     run_inside, saved, start_processes, train, with_data,
 )
 
-from nanogpt_jax.checkpoint import VAL_LOSS, Checkpoints, steps_on_disk
+import jax_train_utils as utils
+from nanogpt_jax.checkpoint import (
+    LOCK, VAL_LOSS, Checkpoints, hold_out_dir, release_out_dir, steps_on_disk,
+)
 from nanogpt_jax.errors import UserError
+from nanogpt_jax.processes import RobustStream, StopRequest, open_closed_streams
 
 KILLS = int(os.environ.get('KILLS', 5))  # 50 by hand, see JAX_README.md
 FLIPS = int(os.environ.get('FLIPS', 0))  # 0: each file is damaged once; 200 by hand
@@ -65,17 +76,42 @@ def test_a_stopped_run_is_saved_and_resumes_as_if_never_stopped(folder, signum, 
     np.testing.assert_equal(state, saved(folder, 'uninterrupted', last + 6)[0])
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
-def test_processes_agree_on_the_step_to_stop_at(folder, signum):
+def test_processes_agree_on_the_step_to_stop_at(folder):
     started = start_processes(folder, 2, *TINY, '--max_iters=100000', '--log_interval=50')
     for line in started[0].stdout:
         if line.startswith('iter '):
             break
-    started[-1].send_signal(signum)  # to one of them only
+    started[-1].send_signal(signal.SIGINT)  # to one of them only
     (out, err), (_, other) = (process.communicate(timeout=120) for process in started)
     assert [process.returncode for process in started] == [0, 0], err + other
     last = re.search(r'stopped by SIGTERM before iteration (\d+)', out)[1]
     assert last == str(Checkpoints(folder / 'out_jax', read_only=True).latest_valid_step())
+
+
+def test_processes_agree_on_the_part_of_an_evaluation_to_stop_at(folder):
+    code = textwrap.dedent('''
+        import os, runpy, signal, sys, time
+        import jax_train_utils as utils
+        load_batch, parts = utils.load_batch, []
+        def stopped(mesh, data_dir, split, *args):
+            parts.append(split)
+            print(split, file=sys.stderr)
+            # the fifth of the second evaluation's 20 parts of this split
+            if parts.count('val') == 25 and os.environ['JAX_PROCESS_ID'] == '1':
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(2)  # JAX looks for the signal once a second
+            return load_batch(mesh, data_dir, split, *args)
+        utils.load_batch = stopped
+        runpy.run_path(ROOT + '/train_jax.py', run_name='__main__')
+    ''').replace('ROOT', repr(ROOT))
+    started = start_processes(folder, 2, *TINY, '--eval_interval=1', '--eval_iters=40',
+                              command=[sys.executable, '-c', code])
+    (out, err), (_, other) = (process.communicate(timeout=120) for process in started)
+    assert [process.returncode for process in started] == [0, 0], err + other
+    assert 'stopped by SIGTERM before iteration 1;' in out
+    assert err.count('val\n') == other.count('val\n') < 40
+    assert [step for step, *_ in STEP.findall(out)] == ['0']
+    assert steps_on_disk(folder / 'out_jax') == [1]
 
 
 def test_a_run_is_saved_when_ctrl_c_also_ends_the_reader_of_its_log(folder):
@@ -108,31 +144,228 @@ utils.get_train_batch = stopped
     assert not steps_on_disk(folder / 'out_jax')
 
 
-def test_a_second_signal_stops_at_once():
-    code = '''
-import time
-from nanogpt_jax.devices import StopRequest
-stop = StopRequest()
-print("ready", flush=True)
-while True:
-    time.sleep(0.01)
-    if stop.signum:
-        print("requested", flush=True)
-'''
-    process = helpers.start(ROOT, '-c', code)
-    assert process.stdout.readline() == 'ready\n'
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == 'requested\n'
-    process.send_signal(signal.SIGTERM)
-    assert finish(process, timeout=10).returncode == -signal.SIGTERM
+def test_an_evaluation_is_broken_off_at_its_next_part_and_the_run_saved(folder, monkeypatch):
+    flags = ['--max_iters=8', '--dropout=0.1', '--eval_iters=4']
+    uninterrupted = train(folder, *flags, '--out_dir=uninterrupted')
+    load_batch, parts = utils.load_batch, []
+    def stopped(mesh, data_dir, split, *args):
+        parts.append(split)
+        if parts.count('val') == 6:  # the second of the evaluation's four before iteration 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load_batch(mesh, data_dir, split, *args)
+    monkeypatch.setattr(utils, 'load_batch', stopped)
+    result = run_inside(folder, 'train_jax.py', *TINY, *flags, '--out_dir=parts')
+    assert result.returncode == 0 and not result.stderr and parts.count('val') == 6
+    assert result.stdout.count('SIGTERM: stopping after this step; press again to stop now') == 1
+    assert 'stopped by SIGTERM before iteration 4; ' in result.stdout
+    assert [step for step, *_ in STEP.findall(result.stdout)] == ['0']
+    assert steps_on_disk(folder / 'parts') == [4]
+    monkeypatch.undo()
+    result = run_inside(folder, 'train_jax.py', *RESUME, '--out_dir=parts')
+    assert STEP.findall(result.stdout) == STEP.findall(uninterrupted)[1:]
+    for got, want in zip(saved(folder, 'parts', 9), saved(folder, 'uninterrupted', 9)):
+        if 'config' in got:
+            got, want = ({**meta, 'config': None} for meta in (got, want))  # names the out_dir
+        np.testing.assert_equal(got, want)
 
+
+def test_parts_of_an_evaluation_are_equal_and_short():
+    params = {'w': np.zeros(1000)}
+    assert utils.n_parts(200, params, tokens=64) == 20
+    assert utils.n_parts(7, params, tokens=64) == 7
+    assert utils.n_parts(199, params, tokens=64) == 199  # a prime
+    assert utils.n_parts(1200, params, tokens=10 ** 7) == 240  # five take 1e11 FLOPs
+    assert utils.n_parts(1200, params, tokens=10 ** 9) == 1200
+
+
+COMPUTES_FOR_EVER = '''
+import jax
+from nanogpt_jax.processes import StopRequest
+stop = StopRequest()
+for_ever = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: -x, x))
+for_ever = for_ever.lower(1).compile()
+print('ready', flush=True)
+jax.block_until_ready(for_ever(1))
+'''
+
+
+def test_a_stop_is_announced_while_a_step_computes_and_a_second_signal_ends_it():
+    process = helpers.start(ROOT, '-c', COMPUTES_FOR_EVER)
+    kill = threading.Timer(60, process.kill)  # it would wait for ever
+    kill.start()
+    assert process.stdout.readline() == 'ready\n'
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == (
+        'SIGINT: stopping after this step; press again to stop now, without saving\n')
+    process.send_signal(signal.SIGINT)
+    assert finish(process).returncode == 130
+    kill.cancel()
+
+
+def test_a_hangup_stops_a_run_but_never_at_once(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(os, '_exit', ended.append)
+    before = signal.getsignal(signal.SIGHUP)
+    with StopRequest() as stop:
+        assert not stop.reached()
+        for _ in range(2):  # from a shell that ends, and from the kernel when the shell has ended
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.reached() and stop.signum == signal.SIGHUP and stop.exit_code == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert not ended and signal.getsignal(signal.SIGHUP) == before
+    assert capsys.readouterr().out == 'SIGHUP: stopping after this step\n'
+    with StopRequest() as stop:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), signum)
+    assert ended == [128 + signal.SIGINT] and stop.signum == signal.SIGTERM
+
+
+def test_a_hangup_is_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.reached()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_is_saved_when_its_terminal_is_closed(folder):
+    terminal, theirs = pty.openpty()
+    # the first terminal that the leader of a session opens becomes its own
+    process = subprocess.Popen(
+        ['sh', '-c', f'exec "$@" <>{os.ttyname(theirs)} >&0', 'sh', *TRAIN, *TINY,
+         '--max_iters=100000'],
+        cwd=folder, stderr=subprocess.PIPE, env=os.environ | ENV, start_new_session=True)
+    out = b''
+    while b'\niter ' not in out:
+        out += os.read(terminal, 2 ** 16)
+    os.close(theirs)
+    os.close(terminal)  # the kernel sends SIGHUP, and nothing can be printed any more
+    assert process.communicate(timeout=60) == (None, b'') and process.returncode == 0
+    assert Checkpoints(folder / 'out_jax', read_only=True).latest_valid_step() > 0
+
+
+def test_what_a_closed_terminal_cannot_take_is_discarded():
+    terminal, theirs = pty.openpty()
+    with open(theirs, 'w', buffering=1) as stream:
+        os.close(terminal)
+        with pytest.raises(OSError) as error:
+            stream.write('lost\n')
+        assert error.value.errno == errno.EIO
+        RobustStream(stream).write('lost too\n')
+
+
+# all three: so that descriptors 1 and 2 would go to other files
+def test_a_run_with_closed_standard_streams_is_as_any_other(folder):
+    subprocess.run(' '.join([*TRAIN, *TINY, '--max_iters=2', '<&- >&- 2>&-']), shell=True,
+                   cwd=folder, env=os.environ | ENV, check=True)
+    assert steps_on_disk(folder / 'out_jax') == [3]
+
+
+@pytest.mark.parametrize('name, mode', [('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')])
+def test_a_closed_standard_stream_is_opened(monkeypatch, name, mode):
+    monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(sys, f'__{name}__', None)
+    open_closed_streams()
+    stream = getattr(sys, name)
+    assert stream is getattr(sys, f'__{name}__')
+    assert (stream.name, stream.mode) == (os.devnull, mode)
+    stream.close()
+
+
+# -----------------------------------------------------------------------------
+# one run in an out_dir
+
+def test_a_second_run_is_refused_at_once_until_the_first_is_gone(folder):
+    process = start(folder, *TINY, '--max_iters=100000', '--eval_interval=10')
+    while not steps_on_disk(folder / 'out_jax'):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # so that it deletes no checkpoint that is read below
+    owner = f'process {process.pid} on {socket.gethostname()}'
+    for more in (TINY, RESUME):
+        result = run_inside(folder, 'train_jax.py', *more)
+        one_line_error(result, 'another run is writing to out_jax', owner, '--out_dir')
+        assert 'platform: ' not in result.stdout and 'Resuming' not in result.stdout
+    # those that only read are not
+    result = run_inside(folder, 'sample_jax.py', *SAMPLE)
+    assert result.returncode == 0, result.stderr
+    result = run_inside(folder, 'train_jax.py', *RESUME, '--eval_only=True', '--eval_iters=1')
+    assert result.returncode == 0 and STEP.findall(result.stdout), result.stderr
+    process.kill()
+    process.communicate()
+    assert (folder / 'out_jax' / LOCK).exists()  # but it is locked no longer
+    step = steps_on_disk(folder / 'out_jax')[-1]
+    result = run_inside(folder, 'train_jax.py', *RESUME, f'--max_iters={step + 1}')
+    assert result.returncode == 0, result.stderr
+    assert not (folder / 'out_jax' / LOCK).exists()
+
+
+@pytest.fixture
+def held(tmp_path):
+    """An out_dir that this process holds."""
+    hold_out_dir(tmp_path / 'a' / 'b')
+    yield tmp_path / 'a' / 'b'
+    release_out_dir()
+
+
+def test_an_out_dir_is_released_with_the_folders_created_for_it_if_they_are_empty(held):
+    assert os.listdir(held) == [LOCK]
+    release_out_dir()
+    assert not held.parent.exists()
+    hold_out_dir(held)
+    (held / '5').mkdir()
+    release_out_dir()
+    assert os.listdir(held) == ['5']
+
+
+def test_a_lock_that_is_removed_while_another_run_opens_it_locks_nothing(held, monkeypatch):
+    flock, calls = fcntl.flock, []
+    def released_first(lock, operation):
+        if not calls:
+            release_out_dir()  # removes the file that was just opened
+            held.mkdir(parents=True)
+        calls.append(os.fstat(lock.fileno()).st_nlink)
+        return flock(lock, operation)
+    monkeypatch.setattr(fcntl, 'flock', released_first)
+    other = open(held / LOCK)
+    monkeypatch.setattr('nanogpt_jax.checkpoint.release_out_dir', lambda: None)
+    hold_out_dir(held)
+    assert calls == [0, 1]  # the second has a name
+    other.close()
+
+
+def test_a_file_system_without_locks_is_a_warning(held, monkeypatch, capsys):
+    def no_locks(lock, operation):
+        raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(fcntl, 'flock', no_locks)
+    hold_out_dir(held)
+    assert re.match(r'WARNING: .* cannot be locked \(.*No locks available\)',
+                    capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('more', [[], ['--init_from=resume'],
+                                  ['--init_from=resume', '--eval_only=True']])
+@pytest.mark.parametrize('out_dir, words', [
+    ('', ['out_dir is empty', '--out_dir=out_jax']),
+    ('data/tiny/val.bin', ['data/tiny/val.bin', 'a file and not a folder', '--out_dir']),
+    ('data/tiny/val.bin/x', ['data/tiny/val.bin/x', '--out_dir'])])
+def test_an_impossible_out_dir_is_refused_before_anything_is_computed(folder, out_dir, words, more):
+    result = run_inside(folder, 'train_jax.py', *TINY, *more, f'--out_dir={out_dir}')
+    one_line_error(result, *words, alone=True)
+    assert 'tokens per iteration' not in result.stdout
+    assert 'platform: ' not in result.stdout or '--eval_only=True' in more
+
+
+# -----------------------------------------------------------------------------
+# kills
 
 def test_kills_at_random_moments_lose_only_the_work_since_the_last_save(folder):
     rng = random.Random(0)
     args = [*TINY, '--eval_interval=1', '--eval_iters=1', '--dropout=0.1', '--max_iters=100000',
             '--out_dir=killed']
     process, last_seen = start(folder, *args), 0
-    for line in process.stdout:  # until the first checkpoint is complete: the next save waits for it
+    for line in process.stdout:  # until the first save has ended: the next one waits for it
         if line.startswith('iter 3:'):
             break
     for kill in range(KILLS):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import sys
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import jax_train_utils as utils
 from nanogpt_jax import metrics
 from nanogpt_jax.checkpoint import steps_on_disk
 from nanogpt_jax.devices import cpu_key
-from nanogpt_jax.errors import UserError, report_user_error
+from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from test_jax_transformer import make_step, tiny, tokens
 
 EIGHT_DEVICES = '--xla_force_host_platform_device_count=8'
@@ -174,6 +175,27 @@ def test_wandb_logs_offline_and_a_resumed_run_keeps_its_id(folder):
     assert len(runs) == 2 and len({name.split('-')[-1] for name in runs}) == 1
 
 
+def test_wandb_without_a_key_is_one_line_with_the_ways_out(folder, monkeypatch):
+    pytest.importorskip('wandb', reason='wandb is not installed')
+    for name in [name for name in os.environ if name.startswith('WANDB_')]:
+        monkeypatch.delenv(name)
+    nobody = dict(HOME=str(folder), NETRC=str(folder / 'none'), WANDB_CONFIG_DIR=str(folder))
+    result = run(folder, 'train_jax.py', *TINY, '--wandb_log=True', **nobody)
+    one_line_error(result, 'No API key', '`wandb login`', 'WANDB_MODE=offline', '--wandb_log=False')
+    assert 'Initializing' not in result.stdout and not (folder / 'out_jax').exists()
+
+
+def test_a_folder_named_as_a_package_is_not_that_package(tmp_path, monkeypatch):
+    (tmp_path / 'absent_package' / 'run-1').mkdir(parents=True)  # as wandb/ with the logs of runs
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ('absent_package', 'another_package'):
+        with pytest.raises(UserError, match=f'pip install {name}'):
+            optional_import(name)
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # not installed
+    with pytest.raises(UserError, match='pip install wandb, or give --wandb_log=False'):
+        metrics.check_wandb()
+
+
 # -----------------------------------------------------------------------------
 # resume and evaluation
 
@@ -315,7 +337,6 @@ def test_devices_across_which_the_batch_does_not_divide_are_left_out(folder):
     (['--attention=cudnn'], ['NVIDIA', '--attention=xla']),
     (['--n_layer=-2'], ['n_layer is -2']),
     (['--block_size=0'], ['block_size is 0']),
-    (['--out_dir=data/tiny/train.bin'], ['cannot write to data/tiny/train.bin', '--out_dir']),
     (['--init_from=scrach'], ["'scrach'", 'scratch', 'resume', 'gpt2-xl']),
 ])
 def test_a_mistake_is_one_line_and_creates_no_folder(folder, args, words):

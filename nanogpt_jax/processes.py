@@ -1,0 +1,328 @@
+"""
+The processes of a run: which of them this one is, by its launcher's variables, how they find each
+other, print, and stop by a signal.
+"""
+
+import errno
+import glob
+import http.client
+import importlib.util
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import urllib.request
+
+import jax
+from jax.experimental import multihost_utils
+
+from nanogpt_jax import errors
+from nanogpt_jax.errors import UserError
+
+# -----------------------------------------------------------------------------
+# launchers
+
+# variables with the index of a process and the number of processes: set by hand, by torchrun (which
+# SLURM may have started), by SLURM and by Open MPI
+BY_HAND = ('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES')
+TORCHRUN = ('RANK', 'WORLD_SIZE')
+LAUNCHERS = (BY_HAND, TORCHRUN, ('SLURM_PROCID', 'SLURM_STEP_NUM_TASKS'),
+             ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'))
+
+
+def find_launcher():
+    """Which of LAUNCHERS has started this process, or None."""
+    for index, count in LAUNCHERS:
+        # job scripts export WORLD_SIZE alone for other programs
+        if count in os.environ and (index in os.environ or (index, count) != TORCHRUN):
+            return index, count
+    return None
+
+
+def process_rank():
+    """(index of this process, number of processes) as the launcher set them; (0, 1) without one.
+
+    Raises UserError if the launcher's environment variables are not such numbers.
+    """
+    launcher = find_launcher()
+    if launcher is None:
+        return 0, 1
+    values = [os.environ.get(name, '') for name in launcher]
+    if not all(v.isdecimal() for v in values) or int(values[0]) >= int(values[1]):
+        index, count = launcher
+        raise UserError(f'{count} is {values[1]!r} and {index} is {values[0]!r}; they must '
+                        'be the number of processes and the index of this one, from 0')
+    return int(values[0]), int(values[1])
+
+
+def by_hand_arguments():
+    """The arguments of jax.distributed.initialize for JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+    address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')
+    if not address.rpartition(':')[2].isdecimal():
+        raise UserError('with JAX_NUM_PROCESSES, JAX_COORDINATOR_ADDRESS must be the host of '
+                        'the process with JAX_PROCESS_ID=0 and a free port on it, such as '
+                        f'node1:1234, not {address!r}')
+    return dict(coordinator_address=address)
+
+
+def torchrun_arguments():
+    """The arguments of jax.distributed.initialize for the variables that torchrun sets."""
+    names = ('MASTER_ADDR', 'MASTER_PORT', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
+    host, port, local_rank, local_size = (os.environ.get(name, '') for name in names)
+    if not (host and port.isdecimal()):
+        raise UserError(f'with RANK and WORLD_SIZE, MASTER_ADDR (here {host!r}) and MASTER_PORT '
+                        f'(here {port!r}) must name the host of the process with RANK=0 and a '
+                        'port: start with torchrun, or see "Several processes" in JAX_README.md')
+    # torchrun itself listens at MASTER_PORT. Every process must derive the same other port: one
+    # below those that Linux gives to outgoing connections, any of which may be taken
+    other = os.environ.get('JAX_COORDINATOR_PORT') or 20000 + (int(port) + 5000) % 10000
+    # as in PyTorch, a GPU for each; a process that is alone on its machine takes all
+    one_each = local_rank.isdecimal() and local_size != '1'
+    return dict(coordinator_address=f'{host}:{other}', cluster_detection_method='deactivate',
+                local_device_ids=[int(local_rank)] if one_each else None)
+
+
+def check_port(address):
+    """Raise UserError if something else listens at the port of process 0's own address."""
+    # JAX would listen there too if it is another run's coordinator, and take its processes for ours
+    port = int(address.rpartition(':')[2])
+    try:
+        socket.create_server(('', port)).close()
+    except (OSError, OverflowError) as e:
+        raise UserError(f'process 0 cannot listen at port {port}, where the others look for it '
+                        f'({e}): give all of them another one, in JAX_COORDINATOR_ADDRESS or, with '
+                        'torchrun, in JAX_COORDINATOR_PORT') from e
+
+
+# -----------------------------------------------------------------------------
+# Cloud TPU
+
+def has_tpu(device):
+    """Whether --device=`device` lets JAX use a TPU that this machine has."""
+    # not /dev/vfio/vfio, a control node, nor /dev/accel, a folder with other accelerators: machines
+    # without a TPU have them too
+    chips = glob.glob('/dev/accel[0-9]*') + glob.glob('/dev/vfio/[0-9]*')
+    return bool(device in ('auto', 'tpu') and chips and importlib.util.find_spec('libtpu'))
+
+
+def has_tpu_workers():
+    """Whether this machine's TPU has other workers (hosts) too.
+
+    Reads what jax.distributed.initialize reads in JAX's cloud_tpu_cluster.py. That function itself
+    fails on a TPU alone, or waits for a host that is not there (Colab, Kaggle).
+    """
+    def n_slices(text):
+        return int(text) if text and text.isdecimal() else 1
+    if n_slices(os.environ.get('MEGASCALE_NUM_SLICES')) > 1:
+        return True
+    workers = worker_hostnames()
+    if workers is not None:
+        return len(workers.split(',')) > 1
+    if 'TPU_SKIP_MDS_QUERY' in os.environ:
+        return False
+    if len(gce_metadata('worker-network-endpoints').split(',')) > 1:
+        return True
+    slices = re.search(r"^MEGASCALE_NUM_SLICES: *'?(\d+)", gce_metadata('tpu-env'), re.M)
+    return slices is not None and n_slices(slices[1]) > 1
+
+
+def worker_hostnames():
+    """The hosts of a TPU slice as its environment names them, separated by commas, or None."""
+    path = os.environ.get('TPU_PROCESS_ADDRESSES_PATH')
+    if path:
+        try:
+            with open(path, encoding='utf-8') as f:
+                return f.read().strip()
+        except OSError as e:
+            raise UserError(f'TPU_PROCESS_ADDRESSES_PATH is {path!r}, which cannot be read: {e}'
+                            ) from e
+    return os.environ.get('TPU_PROCESS_ADDRESSES', os.environ.get('TPU_WORKER_HOSTNAMES'))
+
+
+def gce_metadata(key):
+    """An attribute of this machine from Google's metadata server; '' where there is none."""
+    # by its number, since looking up its name may take long where it does not exist
+    host = os.environ.get('GCE_METADATA_IP', '169.254.169.254')
+    request = urllib.request.Request(
+        f'http://{host}/computeMetadata/v1/instance/attributes/{key}',
+        headers={'Metadata-Flavor': 'Google'})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=2) as response:
+            return response.read().decode(errors='replace')
+    except (OSError, http.client.HTTPException):
+        return ''
+
+
+# -----------------------------------------------------------------------------
+# connecting
+
+def start_processes(device, heartbeat_timeout):
+    """Connect the processes that a launcher has started, by jax.distributed; nothing for one alone.
+
+    JAX itself finds SLURM, Open MPI and Cloud TPU. heartbeat_timeout: seconds without a sign of
+    life after which a process counts as dead, which ends the others. Returns the index of this
+    process. Raises UserError if a launcher's variable is missing, if JAX is in use already, and for
+    a timeout below one second.
+    """
+    if heartbeat_timeout < 1:
+        raise UserError(f'heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second')
+    launcher, (rank, count) = find_launcher(), process_rank()
+    on_tpu, arguments = has_tpu(device), {}
+    if launcher == BY_HAND:
+        arguments = by_hand_arguments()
+    elif launcher == TORCHRUN and count > 1:
+        arguments = torchrun_arguments()
+    if launcher in (BY_HAND, TORCHRUN):
+        arguments |= dict(num_processes=count, process_id=rank)
+        if on_tpu:  # JAX would ask Google's metadata server for what it knows already
+            arguments['cluster_detection_method'] = 'deactivate'
+    if not (count > 1 if launcher else on_tpu and has_tpu_workers()):
+        return rank
+    if rank == 0 and 'coordinator_address' in arguments:
+        check_port(arguments['coordinator_address'])
+    try:
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_timeout)
+    except RuntimeError as e:
+        if 'must be called before' not in str(e):
+            raise
+        raise UserError('several processes must be connected before JAX is used, and this one has '
+                        'used it already: start the script as a process of its own, not inside a '
+                        'notebook') from e
+    rank = rank if launcher else jax.process_index()
+    errors.process_label = f' in process {rank}'
+    silence_other_processes(rank)
+    return rank
+
+
+# -----------------------------------------------------------------------------
+# standard output
+
+def silence_other_processes(rank):
+    """Only process 0 prints; errors are printed by each."""
+    if rank > 0:
+        # the file descriptor, not sys.stdout: libraries print from C++ too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class RobustStream:
+    """A text stream that discards what is written after its reader has closed the pipe, or its
+    terminal is gone.
+
+    A tee that dies of the same Ctrl-C must not end a run before its checkpoint is saved.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, call, *args):
+        try:
+            return call(*args)
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def open_closed_streams():
+    """Open /dev/null for each standard stream that was closed at the start, which Python sets to
+    None."""
+    for name in ('stdin', 'stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            # gets the lowest free file descriptor, the stream's own, so that no other file can
+            stream = open(os.devnull, 'r' if name == 'stdin' else 'w', encoding='utf-8')
+            setattr(sys, name, stream)
+            setattr(sys, f'__{name}__', stream)
+
+
+def keep_stdout_open():
+    """Make printing survive a closed pipe, and print each line at once, to a pipe or a file too;
+    of several processes only the first prints."""
+    open_closed_streams()
+    silence_other_processes(process_rank()[0])
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout = RobustStream(sys.stdout)
+
+
+# -----------------------------------------------------------------------------
+# signals
+
+class StopRequest:
+    """Remembers the first SIGINT (Ctrl-C), SIGTERM or SIGHUP (the terminal was closed), so that a
+    run can end at the next step; a line says so at once.
+
+    A second SIGINT or SIGTERM ends the process at once. SIGHUP never does, since a shell that ends
+    sends it twice, and is left alone if the process was started to ignore it, as by nohup. Under
+    jax.distributed, SIGTERM is left to JAX's own handler, by which all processes agree where to
+    stop, and the others are forwarded as SIGTERM. A context manager: it restores the handlers.
+    """
+
+    def __init__(self):
+        self.signum, self.times_asked = None, 0
+        self.distributed = jax.distributed.is_initialized()
+        self.hangup = getattr(signal, 'SIGHUP', None)  # Windows has none
+        signals = [signal.SIGINT] + [signal.SIGTERM] * (not self.distributed)
+        if self.hangup and signal.getsignal(self.hangup) != signal.SIG_IGN:
+            signals.append(self.hangup)
+        # Python runs its handlers between instructions of the main thread, which may be waiting for
+        # a device. The numbers of the signals are written to this pipe at once
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        self.handlers = {signum: signal.signal(signum, self._remember) for signum in signals}
+        signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self._announce, daemon=True)
+        self.thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self.write_end)
+        self.thread.join()  # it reads the pipe to its end
+
+    def _remember(self, signum, frame):
+        if not self.distributed:
+            self.signum = self.signum or signal.Signals(signum)
+
+    def _announce(self):
+        first, pressed = True, 0
+        while number := os.read(self.read_end, 1):
+            signum = number[0]
+            if signum not in self.handlers:
+                continue
+            pressed += signum != self.hangup
+            if pressed > 1:
+                os._exit(128 + signum)
+            if first:
+                print(f'{signal.Signals(signum).name}: stopping after this step'
+                      + '; press again to stop now, without saving' * pressed, flush=True)
+                if self.distributed:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            first = False
+        os.close(self.read_end)
+
+    def reached(self):
+        """Whether to stop here. Several processes must ask equally often: they agree on a call."""
+        self.times_asked += 1
+        if multihost_utils.reached_preemption_sync_point(self.times_asked):
+            self.signum = signal.SIGTERM
+        return self.signum is not None
+
+    @property
+    def exit_code(self):
+        """130 after Ctrl-C, as in a shell, else 0: SIGTERM is how schedulers end a job."""
+        return 130 if self.signum == signal.SIGINT else 0
