@@ -92,12 +92,13 @@ def batch_offsets(n, n_offsets, seed, iter_num, purpose):
 def count_tokens(data_dir, split, block_size):
     """Number of tokens in a split. Raises UserError if no batch can be drawn from it."""
     path = os.path.join(data_dir, f'{split}.bin')
-    if not os.path.isfile(path):
-        found = 'is no file' if os.path.exists(path) else 'does not exist'
+    script = os.path.join(data_dir, 'prepare.py')
+    if not os.path.exists(path):
         hint = '. That is large; for a first run see config/train_pydoc_char.py'
-        raise UserError(f'{path} {found}: prepare the data first, with python '
-                        + os.path.join(data_dir, 'prepare.py')
+        raise UserError(f'{path} does not exist: prepare the data first, with python {script}'
                         + (hint if data_dir.endswith('openwebtext') else ''))
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is no file: remove it, and prepare the data with python {script}')
     size = os.path.getsize(path)
     if size % 2 or size // 2 < block_size + 1:
         raise UserError(f'{path} has {size} bytes; it must have token ids of two bytes each, at '

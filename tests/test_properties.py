@@ -7,7 +7,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import jax_train_utils as utils
@@ -81,6 +81,8 @@ def test_sequences_are_consecutive_tokens_of_the_file(ids, block_size, iter_num)
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 65535), min_size=17, max_size=60), st.integers(1, 65535),
        st.integers(0, 60))
+@example([5] * 17, 5, 17)  # the first id outside
+@example([5] * 17, 6, 17)
 def test_no_batch_has_an_id_outside_the_vocabulary(ids, vocab_size, at_start):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, 'TOKENS_AT_START', at_start)

@@ -1,4 +1,4 @@
-"""Weights and checkpoints against PyTorch and Hugging Face transformers.
+"""Weights and checkpoints against PyTorch and Hugging Face transformers; torchrun.
 
 .ci/run installs both and runs these tests.
 """
@@ -6,12 +6,14 @@
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import ITER, ROOT, one_line_error, run, train
+from helpers import ENV, ITER, ROOT, TINY, TRAIN, one_line_error, run, train
 
 torch = pytest.importorskip('torch', reason='compares with PyTorch: pip install torch')
 transformers = pytest.importorskip('transformers',
@@ -297,3 +299,15 @@ def test_convert_overwrites_nothing_and_refuses_unknown_formats(folder):
     refused(f'--src={FIXTURE}', '--dst=out_jax', words=['another run', '--dst'])
     refused('--src=out_jax', '--dst=a', '--format=onnx', words=["'onnx'", 'nanogpt'])
     assert os.listdir(folder / 'there') == []
+
+
+# -----------------------------------------------------------------------------
+# torchrun
+
+def test_torchrun_starts_one_run_of_several_processes(folder):
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
+    result = subprocess.run([*torchrun, *TRAIN[1:], *TINY, '--max_iters=2'], cwd=folder, text=True,
+                            capture_output=True, env=os.environ | ENV)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count('platform: cpu, devices: 2 (cpu), processes: 2') == 1
+    assert [i[0] for i in ITER.findall(result.stdout)] == ['0', '1', '2']
