@@ -1,6 +1,7 @@
 """Fixtures of all tests; functions that tests share are in helpers.py."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -12,6 +13,10 @@ if worker and hasattr(os, 'sched_setaffinity'):
     cores = sorted(os.sched_getaffinity(0))
     os.environ['TESTS_CORES'] = ','.join(map(str, cores))
     os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+
+# a run under nohup ignores SIGHUP, and so would the runs that the tests send it to
+if hasattr(signal, 'SIGHUP'):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

@@ -218,9 +218,9 @@ def test_each_process_reads_its_own_sequences_and_only_the_first_prints(folder):
         import jaxlib
         jaxlib.__version__ = '0.10.2'
         read = utils.read_sequences
-        def counted(data_dir, split, offsets, block_size):
+        def counted(data_dir, split, offsets, *args):
             print(split, len(offsets), file=sys.stderr)
-            return read(data_dir, split, offsets, block_size)
+            return read(data_dir, split, offsets, *args)
         utils.read_sequences = counted
         runpy.run_path(ROOT + '/train_jax.py', run_name='__main__')
     ''').replace('ROOT', repr(ROOT))

@@ -134,9 +134,9 @@ def test_a_stop_before_the_first_step_promises_no_checkpoint(folder):
 import os, signal
 import jax_train_utils as utils
 get_train_batch = utils.get_train_batch
-def stopped(*args):  # the first batch is read before the step is compiled
+def stopped(*args, **kwargs):  # the first batch is read before the step is compiled
     os.kill(os.getpid(), signal.SIGTERM)
-    return get_train_batch(*args)
+    return get_train_batch(*args, **kwargs)
 utils.get_train_batch = stopped
 ''', *TINY)
     assert result.returncode == 0 and not result.stderr and 'compiled in' in result.stdout
@@ -568,12 +568,12 @@ def test_host_memory_and_open_files_do_not_grow(folder):
 import atexit, os
 import jax_train_utils as utils
 get_train_batch, sizes, files = utils.get_train_batch, [], []
-def counted(*args):
+def counted(*args, **kwargs):
     with open("/proc/self/statm") as f:
         sizes.append(int(f.read().split()[1]) * 4096)
     if len(sizes) % 200 == 150:  # long after a save
         files.append(len(os.listdir("/proc/self/fd")))
-    return get_train_batch(*args)
+    return get_train_batch(*args, **kwargs)
 utils.get_train_batch = counted
 def report():
     print("grown by", [sizes[i + 200] - sizes[i] for i in range(200, len(sizes) - 200, 200)])

@@ -325,7 +325,7 @@ def test_devices_across_which_the_batch_does_not_divide_are_left_out(folder):
     (['--warmup_iters=2147483648'], ['warmup_iters is 2147483648', 'below 2147483648']),
     (['--lr_decay_iters=2147483648'], ['lr_decay_iters is 2147483648']),
     (['--max_iters=2147483648'], ['max_iters is 2147483648']),
-    (['--n_layer=9999', '--n_head=1', '--n_embd=60000'], ["model's weights", 'GB of memory']),
+    (['--n_layer=9999', '--n_head=1', '--n_embd=60000'], ['two moments of AdamW', 'GB of memory']),
     (['--n_layer=10000'], ['n_layer is 10000', 'below 10000']),
     (['--out_dir="a\\0b"'], ['out_dir', 'NUL']),
     (['--seed=-1'], ['seed is -1']),
