@@ -55,7 +55,7 @@ utils.check_settings(config)
 devices = machine.select_devices(device)[:1]
 if compilation_cache:
     machine.enable_compilation_cache()
-compute_type = machine.compute_dtype(dtype, devices)
+compute_type = machine.compute_dtype(dtype, devices, 'dtype' in given)
 mesh = sharding.make_mesh(devices)
 attention = machine.attention_path(attention, compute_type, n_embd // n_head, devices[0])
 gptconf = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
@@ -163,9 +163,8 @@ else:
         host.append(time.time() - t0)
         jax.block_until_ready(metrics)
 
-    peak, peak_of = machine.peak_flops(devices[0])
-    mfu = model.estimate_mfu(global_batch_size, dt, peak)
-    print(f'mfu is counted against {peak / 1e12:g} TFLOP/s, the bfloat16 peak of {peak_of}')
+    mfu = model.estimate_mfu(global_batch_size, dt, machine.peak_flops(devices[0]))
+    print(machine.describe_peak(devices[0]))
     print(f'time per iteration: {dt * 1000:.4f}ms, MFU: {mfu * 100:.2f}%')
     print(f'tokens per second: {global_batch_size * block_size / dt:,.0f}')
     print(f'host time per iteration (batch and dispatch): {np.median(host) * 1000:.2f}ms')

@@ -67,7 +67,7 @@ if 'compile' in given:
 devices = select_devices(device)
 if compilation_cache:
     enable_compilation_cache()
-compute_type = compute_dtype(dtype, devices)
+compute_type = compute_dtype(dtype, devices, 'dtype' in given)
 
 # model
 chars = None

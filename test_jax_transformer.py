@@ -186,9 +186,11 @@ def test_every_device_is_in_the_mesh():
 
 @area('devices')
 def test_absent_and_unknown_devices_are_refused_by_name():
-    assert_refused(lambda: devices.select_devices('mps'), 'mps', '--device=cpu')
-    assert_refused(lambda: devices.select_devices('gtx'), "'gtx'", 'auto')
+    for name in ('mps', 'rocm', 'gtx'):
+        assert_refused(functools.partial(devices.select_devices, name), f"'{name}'",
+                       '--device=auto or --device=' + jax.default_backend())
     assert_refused(lambda: devices.select_devices('auto:99'), 'auto:99')
+    assert_refused(lambda: devices.select_devices('auto:one'), "'auto:one'", 'auto:1')
 
 
 @area('devices')
@@ -253,38 +255,68 @@ def test_micro_batches_of_large_models_are_smaller_on_a_cpu():
     assert sharding.choose_micro_batch_size(12, 1024, 1600, 'cpu') == 1  # never 0
 
 
+class Device:
+    """What is asked of a jax.Device, for devices that are not there."""
+
+    def __init__(self, device_kind, compute_capability=None):
+        self.device_kind, self.compute_capability = device_kind, compute_capability
+        self.platform = 'cpu' if device_kind == 'cpu' else 'gpu'
+
+
+T4 = Device('Tesla T4', '7.5')
+
+
 @area('devices')
 def test_cudnn_attention_is_chosen_only_where_the_kernel_exists():
-    class Device:
-        def __init__(self, device_kind, compute_capability=None):
-            self.device_kind, self.compute_capability = device_kind, compute_capability
-    h200, v100 = Device('NVIDIA H200', '9.0'), Device('Tesla V100 (NVIDIA)', '7.0')
+    # older drivers leave out the maker's name; an AMD GPU's capability is no number
+    h200, a100 = Device('NVIDIA H200', '9.0'), Device('A100-SXM4-40GB', '8.0')
+    b200, mi300x = Device('NVIDIA B200', '10.0'), Device('AMD Instinct MI300X', 'gfx942')
     cpu, tpu = Device('cpu'), Device('TPU v4')
     path = devices.attention_path
-    for case in (('auto', 'bfloat16', 64, h200), ('cudnn', 'float16', 128, h200)):
+    for case in (('auto', 'bfloat16', 64, h200), ('cudnn', 'float16', 128, a100),
+                 ('auto', 'bfloat16', 256, h200), ('auto', 'bfloat16', 256, b200)):
         assert path(*case) == 'cudnn', case
     for case in (('xla', 'bfloat16', 64, h200), ('auto', 'float32', 64, h200),
-                 ('auto', 'bfloat16', 12, h200), ('auto', 'bfloat16', 256, h200),
-                 ('auto', 'bfloat16', 64, v100), ('auto', 'bfloat16', 64, tpu),
+                 ('auto', 'bfloat16', 12, h200), ('auto', 'bfloat16', 256, a100),
+                 ('auto', 'bfloat16', 264, h200), ('auto', 'float16', 64, T4),
+                 ('auto', 'bfloat16', 64, mi300x), ('auto', 'bfloat16', 64, tpu),
                  ('auto', 'bfloat16', 64, cpu)):
         assert path(*case) == 'xla', case
     assert_refused(lambda: path('cudnn', 'bfloat16', 64, cpu), 'NVIDIA', '--attention=xla')
+    assert_refused(lambda: path('cudnn', 'bfloat16', 136, a100), 'up to 128')
+    assert_refused(lambda: path('cudnn', 'bfloat16', 264, h200), 'up to 256')
     assert_refused(lambda: path('flash', 'bfloat16', 64, h200), "'flash'", 'auto, cudnn or xla')
 
 
 @area('devices')
-def test_specific_device_names_win_over_generic_ones():
-    class Device:
-        def __init__(self, device_kind):
-            self.device_kind = device_kind
+def test_gpus_without_bfloat16_compute_in_float16_unless_told_otherwise():
+    for device, default in ((T4, 'float16'), (Device('NVIDIA L4', '8.9'), 'bfloat16'),
+                            (Device('AMD Instinct MI300X', 'gfx942'), 'bfloat16'),
+                            (Device('TPU v2'), 'bfloat16'), (Device('cpu'), 'float32')):
+        assert devices.compute_dtype('bfloat16', [device]) == default, device.device_kind
+    for dtype in ('float32', 'float16'):
+        assert devices.compute_dtype(dtype, [T4]) == dtype
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert devices.compute_dtype('bfloat16', [T4], given=True) == 'bfloat16'
+    assert out.getvalue().startswith('WARNING: a Tesla T4 has no bfloat16'), out.getvalue()
 
-    def peak(device_kind):
-        return devices.peak_flops(Device(device_kind))[0]
-    assert peak('NVIDIA H100 PCIe') < peak('NVIDIA H100 80GB HBM3')
-    assert peak('NVIDIA L40S') > peak('NVIDIA L4')
-    assert peak('NVIDIA H200 NVL') < peak('NVIDIA H200')
-    assert peak('TPU v5p') > peak('TPU v5 lite')
-    assert devices.peak_flops(Device('abacus')) == (devices.PEAK_FLOPS['a100'], 'an A100')
+
+@area('devices')
+def test_the_longest_name_that_a_device_kind_has_as_whole_words_gives_its_peak():
+    for kind, name in (('NVIDIA A100-SXM4-80GB', 'a100'), ('NVIDIA A10G', 'a10g'),
+                       ('NVIDIA H100 80GB HBM3', 'h100'), ('NVIDIA H100 PCIe', 'h100 pcie'),
+                       ('NVIDIA H200', 'h200'), ('NVIDIA H20', 'h20'), ('NVIDIA L40S', 'l40s'),
+                       ('NVIDIA GH200 480GB', 'gh200'), ('NVIDIA GB200', 'gb200'),
+                       ('Tesla V100-SXM2-16GB', 'v100'), ('Tesla T4', 't4'),
+                       ('NVIDIA GeForce RTX 4070 Ti SUPER', 'rtx 4070 ti super'),
+                       ('AMD Instinct MI250X', 'mi250x'), ('TPU v4 lite', 'tpu v4 lite'),
+                       ('TPU v5', 'tpu v5p'), ('TPU v5 lite', 'tpu v5e'), ('TPU7x', 'tpu7x')):
+        assert devices.peak_flops(Device(kind)) == devices.PEAK_FLOPS[name], kind
+        assert kind in devices.describe_peak(Device(kind))
+    for kind in ('cpu', 'abacus', 'NVIDIA GeForce RTX 4090 Laptop GPU', 'NVIDIA GeForce RTX 5090 D',
+                 'NVIDIA A100-SXM4-40GB MIG 1g.5gb', 'NVIDIA T400 4GB'):
+        assert math.isnan(devices.peak_flops(Device(kind))), kind
+        assert devices.describe_peak(Device(kind)).startswith('mfu is nan: '), kind
 
 
 # -----------------------------------------------------------------------------

@@ -74,9 +74,10 @@ lr_decay_iters = 600000 # about max_iters, per Chinchilla
 min_lr = 6e-5 # about learning_rate/10, per Chinchilla
 # system
 seed = 1337
-device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, 'tpu'
+device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, 'tpu', or another
+                # platform of JAX, such as 'rocm'
 dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16', or 'float16' with dynamic loss scaling;
-                   # a CPU computes in float32
+                   # by default float16 on a GPU without bfloat16. A CPU computes in float32
 attention = 'auto' # 'cudnn' (fused, NVIDIA GPUs), 'xla' (any device), or 'auto': the faster one
 remat = False # recompute each block in the backward pass: less memory, a third more FLOPs
 compilation_cache = True # cache compiled programs in the user's cache folder: faster next start
@@ -141,10 +142,9 @@ if cost := describe_small_micro_batches(
     print(cost)
 tokens_per_iter = global_batch_size * block_size
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
-compute_type = machine.compute_dtype(dtype, devices)
+compute_type = machine.compute_dtype(dtype, devices, 'dtype' in given)
 if compute_type != dtype:
-    print(f'computing in {compute_type}, as nanoGPT does on the {devices[0].platform}, '
-          f'not in {dtype}')
+    print(f'computing in {compute_type}, as nanoGPT does on this device, not in {dtype}')
 
 # data
 data_dir = os.path.join('data', dataset)
@@ -219,9 +219,8 @@ for name, tensors in zip(('decayed', 'non-decayed'), utils.decay_groups(state['p
 on_device, full = (n_bytes / 1e6 for n_bytes in state_bytes(state))
 print(f"mesh: data {mesh.shape['data']} x fsdp {fsdp}, {on_device:,.1f} MB of the {full:,.1f} MB "
       'of training state on each device')
-peak, peak_of = machine.peak_flops(devices[0])
-print(f'mfu is counted against {mesh.size} x {peak / 1e12:g} TFLOP/s, '
-      f'the bfloat16 peak of {peak_of}')
+peak = mesh.size * machine.peak_flops(devices[0]) # nan if it is not known
+print(machine.describe_peak(devices[0], mesh.size))
 
 # the jitted steps
 train_step = utils.make_train_step(
@@ -245,8 +244,8 @@ def evaluate(stopped=lambda: False, mfu=-1.0, **last_step):
     print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     if wandb_log:
         wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
-                   'lr': float(schedule(iter_num)), 'mfu': mfu * 100, # in percent
-                   **last_step})
+                   'lr': float(schedule(iter_num)), **last_step,
+                   **({} if np.isnan(mfu) else {'mfu': mfu * 100})}) # in percent
     return losses
 
 if eval_only:
@@ -269,7 +268,7 @@ print(f'compiled in {time.time() - t0:.1f} s')
 # training loop
 start_iter = iter_num
 log = StepLog(start_iter, max_iters, tokens_per_iter,
-              lambda dt: model.estimate_mfu(global_batch_size, dt, mesh.size * peak),
+              lambda dt: model.estimate_mfu(global_batch_size, dt, peak),
               schedule, metrics_file, checkpoints.describe_valid)
 with stop, checkpoints: # closes them at the end
     while iter_num <= max_iters and not stop.reached():

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import math
 import os
 import platform as machine
 import re
@@ -14,6 +15,7 @@ import warnings
 
 import jax
 import jaxlib
+from jax.extend.backend import backends
 
 from nanogpt_jax.errors import UserError
 
@@ -54,39 +56,75 @@ def warn_about_versions():
 # -----------------------------------------------------------------------------
 # devices
 
-# dense bfloat16 peaks in FLOP/s, from the vendors' data sheets; the first name found in a device's
-# kind counts, so specific names come before generic ones
+# dense bfloat16 peaks in FLOP/s with float32 sums, by the makers; of float16 where there is no
+# bfloat16 (V100, T4, RTX 20). A name counts if a device's kind has it as whole words, the longest
+# one first
 PEAK_FLOPS = {
-    'h100 nvl': 835e12, 'h100 pcie': 756.5e12, 'h100': 989.5e12, 'h200 nvl': 836e12,
-    'h200': 989.5e12, 'a100': 312e12, 'l40s': 362e12, 'l40': 181e12, 'l4': 121e12,
-    'rtx 4090': 165.2e12, 'tpu v4': 275e12, 'tpu v5 lite': 197e12, 'tpu v5e': 197e12,
-    'tpu v5p': 459e12, 'tpu v5': 459e12, 'tpu v6 lite': 918e12, 'tpu v6e': 918e12,
+    # NVIDIA's data sheets, which give most figures with sparsity: twice these
+    'v100': 125e12, 't4': 65e12, 'a100': 312e12, 'a800': 312e12, 'a30': 165e12, 'a40': 149.7e12,
+    'a10': 125e12, 'a10g': 70e12, 'a2': 18e12, 'l4': 121e12, 'l40': 181e12, 'l40s': 362e12,
+    'l20': 119.5e12, 'h100': 989.5e12, 'h100 pcie': 756.5e12, 'h100 nvl': 835e12, 'h800': 989.5e12,
+    'h20': 148e12, 'h200': 989.5e12, 'h200 nvl': 836e12, 'gh200': 989.5e12, 'b100': 1750e12,
+    'b200': 2250e12, 'gb200': 2500e12, 'b300': 2250e12, 'gb300': 2500e12,
+    'rtx a4000': 76.7e12, 'rtx a5000': 111.1e12, 'rtx a6000': 154.8e12,
+    'rtx 5000 ada generation': 261.1e12, 'rtx 6000 ada generation': 364.2e12,
+    # NVIDIA's white papers on Turing, GA102, Ada and RTX Blackwell
+    'rtx 2080 ti': 53.8e12, 'titan rtx': 130.5e12, 'rtx 3070': 40.6e12, 'rtx 3080': 59.5e12,
+    'rtx 3090': 71e12, 'rtx 4070 ti': 80.2e12, 'rtx 4080': 97.5e12, 'rtx 4090': 165.2e12,
+    'rtx 5070': 61.7e12, 'rtx 5070 ti': 87.9e12, 'rtx 5080': 112.6e12, 'rtx 5090': 209.5e12,
+    'rtx pro 6000 blackwell workstation edition': 503.8e12,
+    # of these NVIDIA gives cores and boost clock: four FLOPs a core and cycle, as the ones above
+    'rtx 3060': 25.5e12, 'rtx 3060 ti': 32.4e12, 'rtx 3070 ti': 43.5e12, 'rtx 3080 ti': 68.2e12,
+    'rtx 3090 ti': 80e12, 'rtx 4060': 30.2e12, 'rtx 4060 ti': 44.1e12, 'rtx 4070': 58.3e12,
+    'rtx 4070 super': 71e12, 'rtx 4070 ti super': 88.2e12, 'rtx 4080 super': 104.4e12,
+    'rtx 5060': 38.4e12, 'rtx 5060 ti': 47.4e12,
+    # AMD's data sheets; JAX sees the two halves of an MI250 or MI250X as two devices
+    'mi100': 92.3e12, 'mi210': 181e12, 'mi250': 181e12, 'mi250x': 191.5e12, 'mi300a': 980.6e12,
+    'mi300x': 1307.4e12, 'mi325x': 1307.4e12, 'mi350x': 2306.9e12, 'mi355x': 2516.6e12,
+    # Google's documents on each TPU; JAX sees the two cores of a v2, v3 or v7x as two devices
+    'tpu v2': 45e12 / 2, 'tpu v3': 123e12 / 2, 'tpu v4': 275e12, 'tpu v4 lite': 138e12,
+    'tpu v5 lite': 197e12, 'tpu v5e': 197e12, 'tpu v5': 459e12, 'tpu v5p': 459e12,
+    'tpu v6 lite': 918e12, 'tpu v6e': 918e12, 'tpu7x': 2307e12 / 2,
 }
 
 
 def peak_flops(device):
-    """(bfloat16 peak of a device in FLOP/s, whose peak it is); of an A100 if it is not known."""
+    """The 16-bit peak of a device in FLOP/s; nan if it is not known, as for every CPU."""
     kind = device.device_kind.lower()
-    for name, peak in PEAK_FLOPS.items():
-        if name in kind:
-            return peak, device.device_kind
-    return PEAK_FLOPS['a100'], 'an A100'
+    if re.search(r'\b(laptop|max-q|d|mig)\b', kind):  # slower ones, or a part of one
+        return math.nan
+    names = [name for name in PEAK_FLOPS if re.search(rf'\b{name}\b', kind)]
+    return PEAK_FLOPS[max(names, key=len)] if names else math.nan
+
+
+def describe_peak(device, n_devices=1):
+    """A line that says what mfu is counted against."""
+    peak = peak_flops(device)
+    if math.isnan(peak):
+        return f'mfu is nan: no peak of a {device.device_kind} is known'
+    several = f'{n_devices} x ' if n_devices > 1 else ''
+    return (f'mfu is counted against {several}{peak / 1e12:g} TFLOP/s, the 16-bit peak of '
+            f'{device.device_kind}')
+
+
+def compute_capability(device):
+    """The CUDA compute capability of an NVIDIA GPU, such as 8.9; None for any other device."""
+    number = re.match(r'\d+\.\d+', str(getattr(device, 'compute_capability', None)))
+    return float(number[0]) if number else None
 
 
 def select_devices(device='auto'):
-    """The devices that --device names: auto, cpu, gpu or cuda, cuda:1 for one of several, tpu.
+    """The devices that --device names: auto, cpu, gpu or cuda, tpu, any other platform that JAX has
+    here (rocm, METAL, ...), or one of several as in cuda:1.
 
     Must be called before JAX is used otherwise. Prints a warning for a version of JAX that
     requirements_jax.txt excludes. Raises UserError for absent and unknown devices.
     """
     warn_about_versions()
     platform, _, index = device.partition(':')
-    if platform == 'mps':
-        raise UserError("device 'mps' is PyTorch's name for Apple's GPU, which JAX does not "
-                        'support well; use --device=cpu')
-    if platform not in ('auto', 'cpu', 'gpu', 'cuda', 'tpu') or (index and not index.isdecimal()):
-        raise UserError(f'device is {device!r}; it must be auto, cpu, gpu, cuda, tpu, or one of '
-                        'several such as cuda:1')
+    if index and not index.isdecimal():
+        raise UserError(f'device is {device!r}; one of several is chosen by its number, as in '
+                        f'{platform}:1')
     if platform == 'cpu':
         jax.config.update('jax_platforms', 'cpu')  # do not take a GPU's memory
     try:
@@ -94,8 +132,8 @@ def select_devices(device='auto'):
     except (RuntimeError, AssertionError) as e:  # an assertion if JAX_PLATFORMS names absent ones
         reason = ' '.join(str(e).split()) or 'see JAX_PLATFORMS'
         raise UserError(f'device {device!r} was requested, but JAX has none ({reason}); use '
-                        '--device=cpu, or install JAX for that device (see requirements_jax.txt)'
-                        ) from e
+                        f'{usable_platforms()}, or install JAX for that device (see '
+                        'requirements_jax.txt)') from e
     if index:
         if jax.process_count() > 1:
             raise UserError(f'device {device!r} selects one device of one process, but there are '
@@ -114,6 +152,14 @@ def select_devices(device='auto'):
     return devices
 
 
+def usable_platforms():
+    """The values of --device that work here, as text."""
+    try:
+        return ' or '.join(f'--device={name}' for name in ('auto', *backends()))
+    except (RuntimeError, AssertionError):  # JAX_PLATFORMS names absent ones
+        return '--device=cpu'
+
+
 def on_host():
     """A context in which new arrays are created in host memory, if JAX_PLATFORMS allows it."""
     try:
@@ -122,32 +168,42 @@ def on_host():
         return contextlib.nullcontext()
 
 
-def compute_dtype(dtype, devices):
-    """The dtype to compute in on these devices: float32 on a CPU, as in nanoGPT, else `dtype`.
+def compute_dtype(dtype, devices, given=False):
+    """The dtype to compute in on these devices, as in nanoGPT: float32 on a CPU, and float16 in
+    place of bfloat16 on an NVIDIA GPU without it, unless the user has `given` it; else `dtype`.
 
     Raises UserError for an unknown dtype.
     """
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f'dtype is {dtype!r}; it must be float32, bfloat16 or float16')
-    return 'float32' if devices[0].platform == 'cpu' else dtype
+    if devices[0].platform == 'cpu':
+        return 'float32'
+    if dtype == 'bfloat16' and (compute_capability(devices[0]) or 8) < 8:  # older than Ampere
+        if not given:
+            return 'float16'
+        print(f'WARNING: a {devices[0].device_kind} has no bfloat16, so XLA computes in float32, '
+              'slower and in more memory; use --dtype=float16')
+    return dtype
 
 
 def attention_path(attention, compute_type, head_size, device):
     """Which attention to use, 'cudnn' or 'xla'; 'auto' chooses the faster one that works here.
 
     cuDNN's kernel needs an NVIDIA GPU of the Ampere generation or newer, 16 bits, and a head size
-    that is a multiple of 8 up to 128. Raises UserError if 'cudnn' was requested without these, and
-    for an unknown name.
+    that is a multiple of 8 up to 128, from the Hopper generation on up to 256. Raises UserError if
+    'cudnn' was requested without these, and for an unknown name.
     """
     if attention not in ('auto', 'cudnn', 'xla'):
         raise UserError(f'attention is {attention!r}; it must be auto, cudnn or xla')
-    supported = ('nvidia' in device.device_kind.lower() and float(device.compute_capability) >= 8
-                 and compute_type != 'float32' and head_size % 8 == 0 and head_size <= 128)
+    capability = compute_capability(device) or 0
+    largest = 256 if capability >= 9 else 128
+    supported = (capability >= 8 and compute_type != 'float32' and head_size % 8 == 0
+                 and head_size <= largest)
     if attention == 'cudnn' and not supported:
         raise UserError('cuDNN attention needs an NVIDIA GPU of the Ampere generation or newer, '
-                        'bfloat16 or float16, and a head size that is a multiple of 8 up to 128; '
-                        f'this is {device.device_kind}, {compute_type} and {head_size}: use '
-                        '--attention=xla or auto')
+                        'bfloat16 or float16, and a head size that is a multiple of 8 up to '
+                        f'{largest}; this is {device.device_kind}, {compute_type} and {head_size}: '
+                        'use --attention=xla or auto')
     return 'cudnn' if supported and attention != 'xla' else 'xla'
 
 

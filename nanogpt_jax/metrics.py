@@ -58,7 +58,8 @@ class StepLog:
         self.tokens_per_iter, self.estimate_mfu = tokens_per_iter, estimate_mfu
         self.schedule, self.metrics_file = schedule, metrics_file
         self.describe_valid = describe_valid
-        self.running_mfu = -1.0
+        # nan throughout if the devices' peak is not known
+        self.running_mfu = -1.0 if math.isfinite(estimate_mfu(1.0)) else math.nan
         self.last_step = {}  # of the last printed step: grad_norm and, in float16, loss_scale
         self.pending = None  # (iteration, metrics) of a step that is not printed yet
         self.train_time, self.resumed_at = 0.0, self.start_time

@@ -52,7 +52,7 @@ TRAIN = [sys.executable, os.path.join(ROOT, 'train_jax.py')]
 # get all of them, as those that wait would keep the others from it
 ALL_CORES = [int(core) for core in os.environ.get('TESTS_CORES', '').split(',') if core]
 ITER = re.compile(
-    r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (-?\d+\.\d{2})%$', re.M)
+    r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (-?\d+\.\d{2}|nan)%$', re.M)
 STEP = re.compile(r'^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})$', re.M)
 
 

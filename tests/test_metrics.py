@@ -7,11 +7,13 @@ import pty
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from helpers import ENV, ITER, STEP, TINY, TRAIN, train
 
-from nanogpt_jax import metrics
+from nanogpt_jax import devices, metrics
 from nanogpt_jax.metrics import MetricsFile, progress, read_metrics
 
 
@@ -25,8 +27,8 @@ def test_metrics_have_the_numbers_of_every_log_line(folder):
     out = train(folder, '--max_iters=9', '--log_interval=2')
     iters, steps = split(read_metrics(folder / 'out_jax'))
     assert [(str(m['iter']), f'{m["loss"]:.4f}', f'{m["ms_per_iter"]:.2f}',
-             f'{(-1 if m["mfu"] is None else m["mfu"]) * 100:.2f}')
-            for m in iters] == ITER.findall(out)
+             'nan') for m in iters] == ITER.findall(out)
+    assert all(m['mfu'] is None for m in iters)  # a CPU's peak is not known
     assert [(str(m['iter']), f'{m["train_loss"]:.4f}', f'{m["val_loss"]:.4f}')
             for m in steps] == STEP.findall(out)
     tokens_per_iter = 2 * 4 * 16  # micro-steps, sequences, tokens
@@ -38,6 +40,33 @@ def test_metrics_have_the_numbers_of_every_log_line(folder):
         assert m['grad_norm'] > 0 and 0 < m['lr'] < 1.001e-2
     # one type per column, so that pandas.read_json(path, lines=True) makes numbers of it
     assert all(isinstance(v, (int, float, type(None))) for m in iters + steps for v in m.values())
+
+
+def test_mfu_is_against_the_devices_peak_and_unknown_for_five_iterations(
+        folder, monkeypatch):
+    monkeypatch.setitem(devices.PEAK_FLOPS, 'cpu', 1e9)
+    out = train(folder, '--max_iters=9')
+    assert 'mfu is counted against 0.001 TFLOP/s, the 16-bit peak of cpu' in out
+    printed = [mfu for *_, mfu in ITER.findall(out)]
+    assert printed[:5] == ['-100.00'] * 5
+    iters, _ = split(read_metrics(folder / 'out_jax'))
+    mfus = [m['mfu'] for m in iters]
+    assert mfus[:5] == [None] * 5 and printed[5:] == [f'{mfu * 100:.2f}' for mfu in mfus[5:]]
+    n_params = 2 * 32 + 12 * 32 ** 2 + 32 + 20 * 32  # LayerNorms, matrices, the last, wte
+    flops = 128 * (6 * n_params + 12 * 32 * 16)  # 128 tokens a step
+    np.testing.assert_allclose(mfus[5], flops / (iters[5]['ms_per_iter'] / 1000) / 1e9, rtol=1e-9)
+
+
+@pytest.mark.parametrize('peaks, logged', [({}, []), ({'cpu': 1e9}, [-100, 0])])
+def test_wandb_gets_mfu_only_if_the_peak_is_known(folder, monkeypatch, peaks, logged):
+    lines = []
+    stub = SimpleNamespace(init=lambda **kwargs: SimpleNamespace(id='x'), log=lines.append)
+    monkeypatch.setitem(sys.modules, 'wandb', stub)
+    monkeypatch.setattr(devices, 'PEAK_FLOPS', devices.PEAK_FLOPS | peaks)
+    train(folder, '--max_iters=8', '--eval_interval=8', '--wandb_log=True')
+    assert [line['iter'] for line in lines] == [0, 8]
+    mfus = [line['mfu'] for line in lines if 'mfu' in line]
+    assert len(mfus) == len(logged) and all(m == -100 or m >= 0 for m in mfus), mfus
 
 
 def test_a_resumed_run_leaves_the_metrics_of_an_uninterrupted_one(folder):

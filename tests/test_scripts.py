@@ -11,6 +11,9 @@ import jax
 import pytest
 from helpers import ENV, ROOT, TINY, one_line_error, run, run_inside, train, with_data
 
+from nanogpt_jax import devices
+from nanogpt_jax.errors import UserError
+
 SCRIPTS = ['train_jax.py', 'sample_jax.py', 'bench_jax.py', 'convert_jax.py']
 TOOLS = ['tools.plan', 'tools.plot', 'tools.sizing', 'tools.compare']
 
@@ -241,22 +244,32 @@ def test_a_mistake_in_a_benchmark_is_one_line(folder, args, words):
     one_line_error(run_inside(folder, 'bench_jax.py', *SMALL, *args), *words, alone=True)
 
 
+@pytest.mark.parametrize('script', ['train_jax.py', 'bench_jax.py', 'sample_jax.py'])
+def test_a_script_says_whether_dtype_was_given(folder, monkeypatch, script):
+    def compute_dtype(dtype, _, given):
+        raise UserError(f'{dtype}, {given}')
+    monkeypatch.setattr(devices, 'compute_dtype', compute_dtype)
+    (folder / 'half.py').write_text("dtype = 'float16'")
+    for args, words in (([], 'bfloat16, False'), (['--dtype=bfloat16'], 'bfloat16, True'),
+                        (['half.py'], 'float16, True')):
+        one_line_error(run_inside(folder, script, '--device=cpu', *args), words)
+
+
 @pytest.mark.parametrize('real_data', [True, False])
 def test_bench_prints_nanogpts_line_and_what_a_step_needs(folder, real_data):
     flags = ['--gradient_accumulation_steps=3', '--remat=True', '--dropout=0.1']
     result = run(folder, 'bench_jax.py', *SMALL, *flags * real_data, f'--real_data={real_data}')
     assert result.returncode == 0, result.stderr
-    time, mfu = re.search(r'^time per iteration: (\d+\.\d{4})ms, MFU: (\d+\.\d{2})%$',
+    time, _ = re.search(r'^time per iteration: (\d+\.\d{4})ms, MFU: (nan)%$',
                           result.stdout, re.M).groups()
     tokens = re.search(r'^tokens per second: ([\d,]+)$', result.stdout, re.M)[1].replace(',', '')
     sequences = 12 if real_data else 4
     # both are rounded
     assert abs(float(tokens) * float(time) / 1000 / (sequences * 16) - 1) < 0.01
-    assert float(mfu) >= 0
     for line in (r'compiled in \d+\.\d s',
                  r'memory by the compiled program: \d+\.\d\d GiB of state and batch, '
                  r'\d+\.\d\d GiB while it runs',
-                 r'mfu is counted against 312 TFLOP/s, .* A100',
+                 r'mfu is nan: no peak of a cpu is known',
                  r'host time per iteration \(batch and dispatch\): \d+\.\d\dms'):
         assert re.search(f'^{line}$', result.stdout, re.M), line
     assert result.stdout.count('/10 loss: ') == 10 and result.stdout.count('/20 loss: ') == 20

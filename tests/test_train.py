@@ -29,7 +29,7 @@ def test_log_lines_are_nanogpts_and_the_loss_falls(folder):
     iters, steps = ITER.findall(out), STEP.findall(out)
     assert [int(i[0]) for i in iters] == list(range(21))
     assert [int(s[0]) for s in steps] == [0, 4, 8, 12, 16, 20]
-    assert all(i[3] == '-100.00' for i in iters[:5]) and all(float(i[3]) >= 0 for i in iters[5:])
+    assert {i[3] for i in iters} == {'nan'}  # a CPU's peak is not known
     # log(20) = 3.0 falls towards log(2) = 0.7
     assert float(steps[-1][2]) < float(steps[0][2]) - 0.3
     for line in ('platform: cpu, devices: 1 (cpu)', 'tokens per iteration will be: 128',
@@ -39,7 +39,8 @@ def test_log_lines_are_nanogpts_and_the_loss_falls(folder):
                  'num non-decayed parameter tensors: 3, with 96 parameters',
                  'saving checkpoint to out_jax', '--compile has no counterpart here',
                  '--backend has no counterpart here',
-                 'computing in float32, as nanoGPT does on the cpu, not in float16'):
+                 'computing in float32, as nanoGPT does on this device, not in float16',
+                 'mfu is nan: no peak of a cpu is known'):
         assert line in out, line
     assert len(re.findall(r'^compiled in \d+\.\d s$', out, re.M)) == 1
     # the state after the last iteration is saved, and the best checkpoint is kept
