@@ -1,4 +1,4 @@
-"""Count what a compiled program moves between devices, by reading its HLO text."""
+"""Count what a compiled program moves between devices, and its cycles on a TPU, from its HLO."""
 
 import math
 import re
@@ -15,21 +15,58 @@ def collectives(hlo, n_devices):
     hlo: the text of a program compiled for n_devices. bytes: size of the full array; devices: size
     of the group that exchanges it; count: how often it runs (a loop of unknown length counts once).
     """
-    computations, found = split_computations(hlo), []
-
-    def visit(name, count, in_loop):
-        for line in computations.get(name, ()):
-            if op := COLLECTIVE.match(line):
-                devices = group_size(line, n_devices)
-                found.append((op[2], array_bytes(op, devices), devices, count, in_loop))
-            if loop := re.search(r'\bbody=%?([\w.-]+)', line):
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-                visit(loop[1], count * int(trips[1]) if trips else count, True)
-            for called in re.findall(r'\b(?:calls|to_apply)=%?([\w.-]+)', line):
-                visit(called, count, in_loop)
-
-    visit(re.search(r'^ENTRY %?([\w.-]+)', hlo, re.M)[1], 1, False)
+    found = []
+    for line, count, in_loop, _ in instructions(hlo):
+        if op := COLLECTIVE.match(line):
+            devices = group_size(line, n_devices)
+            found.append((op[2], array_bytes(op, devices), devices, count, in_loop))
     return found
+
+
+def estimated_cycles(hlo):
+    """{op_name: clock cycles} of a program compiled for a TPU, as its compiler estimates them.
+
+    op_name: JAX's name of the operation, with its named scopes; '' for those without. Pallas
+    kernels carry no estimate, and copies that run beside other work count nothing. A loop of
+    unknown length counts once.
+    """
+    cycles = {}
+    for line, count, _, fused in instructions(hlo):
+        # a fusion is estimated as a whole
+        if not fused and (estimate := re.search(r'"estimated_cycles":"(\d+)"', line)):
+            name = re.search(r'op_name="([^"]*)"', line)
+            name = name[1] if name else ''
+            cycles[name] = cycles.get(name, 0) + count * int(estimate[1])
+    return cycles
+
+
+def instructions(hlo):
+    """Yield (line, count, in_loop, fused) for each instruction that a program runs.
+
+    count: how often it runs; fused: whether it is a part of a fused operation.
+    """
+    computations = split_computations(hlo)
+
+    def visit(name, count, in_loop, fused):
+        for line in computations.get(name, ()):
+            yield line, count, in_loop, fused
+            if loop := re.search(r'\bbody=%?([\w.-]+)', line):
+                yield from visit(loop[1], count * trip_count(line, computations), True, fused)
+            is_fusion = re.search(r'[)}\]] fusion\(', line) is not None
+            for called in re.findall(r'\b(?:calls|to_apply)=%?([\w.-]+)', line):
+                yield from visit(called, count, in_loop, fused or is_fusion)
+
+    yield from visit(re.search(r'^ENTRY %?([\w.-]+)', hlo, re.M)[1], 1, False, False)
+
+
+def trip_count(line, computations):
+    """How often a while instruction runs its body; 1 if the program does not say so."""
+    if trips := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+        return int(trips[1])
+    # a TPU's compiler notes no count: a scan counts from 0 to the condition's only constant
+    condition = computations.get(re.search(r'condition=%?([\w.-]+)', line)[1], ())
+    limits = re.findall(r' s32\[\]\S* constant\((\d+)\)', '\n'.join(condition))
+    return int(limits[0]) if len(limits) == 1 and 'direction=LT' in ''.join(condition) else 1
 
 
 def split_computations(hlo):
