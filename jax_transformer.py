@@ -17,7 +17,10 @@ from flax import nnx
 
 from nanogpt_jax import pretrained
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.ops import causal_attention, cross_entropy, dropout, fused_attention, gelu, matmul
+from nanogpt_jax.ops import (
+    causal_attention, cross_entropy, dropout, einsum, fused_attention, gelu, matmul,
+    splash_attention,
+)
 from nanogpt_jax.sampling import stream_tokens
 
 # nanoGPT's model_args: the shape of a model, as checkpoints store it
@@ -29,8 +32,9 @@ class GPTConfig:
     """Shape of a model and how it is computed.
 
     dtype: compute dtype, float32, bfloat16 or float16; parameters are always float32.
-    attention: 'xla', or 'cudnn' for NVIDIA's fused kernel. remat: recompute each block in the
-    backward pass instead of saving its activations. Raises UserError for invalid values.
+    attention: 'xla', or a fused kernel, 'cudnn' for NVIDIA GPUs and 'splash' for TPUs. remat:
+    recompute each block in the backward pass instead of saving its activations. Raises UserError
+    for invalid values.
     """
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257, rounded up to 64 * 786 for faster matmuls
@@ -53,8 +57,8 @@ class GPTConfig:
             raise UserError(f'dropout is {self.dropout}; it must be at least 0 and below 1')
         if self.dtype not in ('float32', 'bfloat16', 'float16'):
             raise UserError(f'dtype is {self.dtype!r}; it must be float32, bfloat16 or float16')
-        if self.attention not in ('xla', 'cudnn'):
-            raise UserError(f'attention is {self.attention!r}; it must be xla or cudnn')
+        if self.attention not in ('xla', 'cudnn', 'splash'):
+            raise UserError(f'attention is {self.attention!r}; it must be xla, cudnn or splash')
         head_size = self.n_embd // self.n_head
         if self.attention == 'cudnn' and (self.dtype == 'float32' or head_size % 8):
             raise UserError('cuDNN attention needs bfloat16 or float16, and a head size that is a '
@@ -124,7 +128,8 @@ class CausalSelfAttention(nnx.Module):
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
         self.n_head = config.n_head
-        self.fused = fused_attention if config.attention == 'cudnn' else None
+        self.fused = {'cudnn': fused_attention, 'splash': splash_attention}.get(config.attention)
+        self.on_tpu = config.attention == 'splash'
 
     def qkv(self, x):
         """Queries, keys and values of x (B, T, C): (B, T, nh, hs) each."""
@@ -132,9 +137,26 @@ class CausalSelfAttention(nnx.Module):
         hs = C // self.n_head
         return (a.reshape(B, T, self.n_head, hs) for a in jnp.split(self.c_attn(x), 3, axis=-1))
 
+    def splash(self, x):
+        """The TPU's kernel with the matmuls before and after it, without dropout."""
+        # with the weights reshaped instead of the activations a TPU computes these in the layout
+        # of its kernel, and copies none of them, which takes 7% of a training step otherwise
+        C, nh = x.shape[-1], self.n_head
+        heads = [einsum('btc,cnh->btnh', x, w.reshape(C, nh, -1))  # (B, T, nh, hs)
+                 for w in jnp.split(self.c_attn.kernel[...], 3, axis=-1)]
+        if self.c_attn.bias is not None:
+            bias = self.c_attn.bias[...].reshape(3, nh, -1).astype(x.dtype)
+            heads = [a + b for a, b in zip(heads, bias)]
+        y = einsum('btnh,nhc->btc', self.fused(*heads),
+                   self.c_proj.kernel[...].reshape(nh, -1, C))
+        return y if self.c_proj.bias is None else y + self.c_proj.bias[...].astype(y.dtype)
+
     def __call__(self, x, rngs=None):
+        fused = self.fused and not self.attn_dropout.active  # the kernels have no dropout
+        if fused and self.on_tpu:
+            return self.resid_dropout(self.splash(x), rngs=rngs)
         q, k, v = self.qkv(x)  # (B, T, nh, hs)
-        if self.fused and not self.attn_dropout.active:  # JAX offers cuDNN's kernel without dropout
+        if fused:
             y = self.fused(q, k, v)
         else:
             y = causal_attention(q, k, v, partial(self.attn_dropout, rngs=rngs))

@@ -267,11 +267,11 @@ T4 = Device('Tesla T4', '7.5')
 
 
 @area('devices')
-def test_cudnn_attention_is_chosen_only_where_the_kernel_exists():
+def test_a_fused_attention_kernel_is_chosen_only_where_it_exists():
     # older drivers leave out the maker's name; an AMD GPU's capability is no number
     h200, a100 = Device('NVIDIA H200', '9.0'), Device('A100-SXM4-40GB', '8.0')
     b200, mi300x = Device('NVIDIA B200', '10.0'), Device('AMD Instinct MI300X', 'gfx942')
-    cpu, tpu = Device('cpu'), Device('TPU v4')
+    cpu, tpu, old_tpu = Device('cpu'), Device('TPU v5 lite'), Device('TPU v3')
     path = devices.attention_path
     for case in (('auto', 'bfloat16', 64, h200), ('cudnn', 'float16', 128, a100),
                  ('auto', 'bfloat16', 256, h200), ('auto', 'bfloat16', 256, b200)):
@@ -279,13 +279,19 @@ def test_cudnn_attention_is_chosen_only_where_the_kernel_exists():
     for case in (('xla', 'bfloat16', 64, h200), ('auto', 'float32', 64, h200),
                  ('auto', 'bfloat16', 12, h200), ('auto', 'bfloat16', 256, a100),
                  ('auto', 'bfloat16', 264, h200), ('auto', 'float16', 64, T4),
-                 ('auto', 'bfloat16', 64, mi300x), ('auto', 'bfloat16', 64, tpu),
+                 ('auto', 'bfloat16', 64, mi300x), ('auto', 'bfloat16', 64, old_tpu),
+                 ('xla', 'bfloat16', 64, tpu), ('auto', 'float16', 64, tpu),
                  ('auto', 'bfloat16', 64, cpu)):
         assert path(*case) == 'xla', case
+    for case in (('auto', 'bfloat16', 64, tpu), ('splash', 'float32', 12, tpu)):
+        assert path(*case) == 'splash', case
     assert_refused(lambda: path('cudnn', 'bfloat16', 64, cpu), 'NVIDIA', '--attention=xla')
     assert_refused(lambda: path('cudnn', 'bfloat16', 136, a100), 'up to 128')
     assert_refused(lambda: path('cudnn', 'bfloat16', 264, h200), 'up to 256')
-    assert_refused(lambda: path('flash', 'bfloat16', 64, h200), "'flash'", 'auto, cudnn or xla')
+    assert_refused(lambda: path('splash', 'bfloat16', 64, h200), 'TPU v4', '--attention=xla')
+    assert_refused(lambda: path('splash', 'float16', 64, tpu), 'float16', '--attention=xla')
+    assert_refused(lambda: path('cudnn', 'bfloat16', 64, tpu), 'NVIDIA', '--attention=xla')
+    assert_refused(lambda: path('flash', 'bfloat16', 64, h200), "'flash'", 'cudnn, splash or xla')
 
 
 @area('devices')

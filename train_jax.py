@@ -78,7 +78,7 @@ device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, '
                 # platform of JAX, such as 'rocm'
 dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16', or 'float16' with dynamic loss scaling;
                    # by default float16 on a GPU without bfloat16. A CPU computes in float32
-attention = 'auto' # 'cudnn' (fused, NVIDIA GPUs), 'xla' (any device), or 'auto': the faster one
+attention = 'auto' # 'cudnn' (NVIDIA GPUs), 'splash' (TPUs), 'xla' (any device), 'auto': the fastest
 remat = False # recompute each block in the backward pass: less memory, a third more FLOPs
 compilation_cache = True # cache compiled programs in the user's cache folder: faster next start
 compile = True # no effect: XLA always compiles
@@ -208,8 +208,9 @@ get_batch = partial(utils.get_train_batch, mesh, data_dir, global_batch_size, gr
                     block_size, seed, vocab_size=vocab_size) # iter_num -> x, y
 attention = machine.attention_path(
     attention, compute_type, model_args['n_embd'] // model_args['n_head'], devices[0])
-if attention == 'cudnn' and dropout > 0:
-    print('attention: cudnn in evaluation, xla in training: the fused kernel has no dropout in JAX')
+if attention != 'xla' and dropout > 0:
+    print(f'attention: {attention} in evaluation, xla in training: '
+          'the fused kernel has no dropout in JAX')
 gptconf = GPTConfig(**model_args, dtype=compute_type, attention=attention, remat=remat)
 model, train_graphdef, eval_graphdef = utils.split_model(gptconf)
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')

@@ -187,14 +187,23 @@ def compute_dtype(dtype, devices, given=False):
 
 
 def attention_path(attention, compute_type, head_size, device):
-    """Which attention to use, 'cudnn' or 'xla'; 'auto' chooses the faster one that works here.
+    """Which attention to use: 'cudnn', 'splash' or 'xla'; 'auto' chooses the fastest that works
+    here.
 
     cuDNN's kernel needs an NVIDIA GPU of the Ampere generation or newer, 16 bits, and a head size
-    that is a multiple of 8 up to 128, from the Hopper generation on up to 256. Raises UserError if
-    'cudnn' was requested without these, and for an unknown name.
+    that is a multiple of 8 up to 128, from the Hopper generation on up to 256; splash attention a
+    TPU v4 or newer, and not float16. Raises UserError if one was requested without these, and for
+    an unknown name.
     """
-    if attention not in ('auto', 'cudnn', 'xla'):
-        raise UserError(f'attention is {attention!r}; it must be auto, cudnn or xla')
+    if attention not in ('auto', 'cudnn', 'splash', 'xla'):
+        raise UserError(f'attention is {attention!r}; it must be auto, cudnn, splash or xla')
+    has_splash = (re.match(r'TPU(?! v[23]\b)', device.device_kind) is not None
+                  and compute_type != 'float16')
+    if attention == 'splash' and not has_splash:
+        raise UserError('splash attention needs a TPU v4 or newer, and bfloat16 or float32; this '
+                        f'is {device.device_kind} and {compute_type}: use --attention=xla or auto')
+    if has_splash and attention in ('auto', 'splash'):
+        return 'splash'
     capability = compute_capability(device) or 0
     largest = 256 if capability >= 9 else 128
     supported = (capability >= 8 and compute_type != 'float32' and head_size % 8 == 0

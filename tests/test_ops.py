@@ -13,7 +13,9 @@ from flax import nnx
 
 import jax_train_utils as utils
 from jax_transformer import GPTConfig
-from nanogpt_jax.ops import causal_attention, dropout, fused_attention, gelu, random_bits
+from nanogpt_jax.ops import (
+    causal_attention, dropout, fused_attention, gelu, random_bits, splash_attention,
+)
 from nanogpt_jax.sharding import shard_batch
 from test_jax_transformer import one_device_mesh, tiny, tokens
 
@@ -31,6 +33,31 @@ def test_attention_in_parts_equals_masked_attention():
         g = np.cos(want)
         for a, b in zip(pull(g), want_pull(g)):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # sums over T
+
+
+def test_splash_attention_equals_causal_attention():
+    # padded to three blocks of 384 tokens in each direction. Tracing the interpreted kernels takes
+    # seconds; without a TPU nothing else shows their numbers
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 1100, 2, 8)).astype(np.float32)
+    want, want_pull = jax.vjp(jax.jit(causal_attention), q, k, v)
+    y, pull = jax.vjp(jax.jit(partial(splash_attention, interpret=True)), q, k, v)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)  # float32 rounding
+    g = np.cos(want)
+    for a, b in zip(pull(g), want_pull(g)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # sums over T
+
+
+def test_the_matmuls_around_splash_attention_are_those_of_other_attention(monkeypatch):
+    monkeypatch.setattr('jax_transformer.splash_attention', causal_attention)
+    x, y = (tokens(2, 16, seed=seed)[None] for seed in (0, 1))
+    results = []
+    for attention in ('xla', 'splash'):
+        graphdef, params = nnx.split(tiny(n_layer=1, attention=attention), nnx.Param)
+        step = jax.jit(utils.make_grad_fn(graphdef, one_device_mesh()))
+        results.append(step(nnx.to_pure_dict(params), x, y, jax.random.key(0), jnp.float32(1)))
+    assert results[0][1] > 1  # the loss
+    for a, b in zip(*map(jax.tree.leaves, results)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # float32 sums in another order
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
