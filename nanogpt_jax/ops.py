@@ -106,6 +106,23 @@ def dropout(x, rate, key):
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
+@jax.custom_vjp
+def attention_scores(q, k):
+    """q k^T of each head in float32, (B, nh, queries, keys), from q and k of (B, T, nh, hs)."""
+    return jnp.einsum('bqnh,bknh->bnqk', q, k, preferred_element_type=jnp.float32)
+
+
+def _attention_scores_backward(saved, g):
+    # in q's dtype, as under torch's autocast: a float32 gradient would make its matmuls float32,
+    # which GPUs before Ampere compute without tensor cores
+    q, k = saved
+    g = g.astype(q.dtype)
+    return jnp.einsum('bnqk,bknh->bqnh', g, k), jnp.einsum('bnqk,bqnh->bknh', g, q)
+
+
+attention_scores.defvjp(lambda q, k: (attention_scores(q, k), (q, k)), _attention_scores_backward)
+
+
 def causal_attention(q, k, v, drop=lambda att: att):
     """Causal softmax(q k^T / sqrt(hs)) v; q, k, v and the result are (B, T, nh, hs).
 
@@ -119,8 +136,7 @@ def causal_attention(q, k, v, drop=lambda att: att):
     parts = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        att = jnp.einsum('bqnh,bknh->bnqk', q[:, start:end], k[:, :end],
-                         preferred_element_type=jnp.float32)
+        att = attention_scores(q[:, start:end], k[:, :end])
         visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
         att = jnp.where(visible, att * hs ** -0.5, -jnp.inf)
         att = drop(jax.nn.softmax(att, axis=-1).astype(v.dtype))
