@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec
 from jax_transformer import GPT
 # handed on, so that a script gets optimizer, schedule, batches and checkpoints from one file
 from nanogpt_jax.checkpoint import Checkpoints as Checkpoints
-from nanogpt_jax.checkpoint import hold_out_dir as hold_out_dir
 from nanogpt_jax.checkpoint import steps_on_disk as steps_on_disk
 from nanogpt_jax.devices import on_host
 from nanogpt_jax.errors import UserError, check_memory

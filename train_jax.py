@@ -26,6 +26,7 @@ from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.metrics import (
     MetricsFile, StepLog, check_finite, check_wandb, progress, start_wandb,
 )
+from nanogpt_jax.out_dir import hold_out_dir
 from nanogpt_jax.processes import StopRequest, keep_stdout_open, start_processes
 from nanogpt_jax.sharding import (
     choose_micro_batch_size, describe_small_micro_batches, mesh_for_batch, state_bytes,
@@ -92,7 +93,7 @@ config, given = configure(globals()) # all settings, and the names of those that
 # processes and devices first: JAX must know --device before anything uses it
 rank = start_processes(device, heartbeat_timeout)
 if rank == 0 and not eval_only:
-    utils.hold_out_dir(out_dir, resume=init_from == 'resume') # no other run writes there
+    hold_out_dir(out_dir, resume=init_from == 'resume') # no other run writes there
 devices = machine.select_devices(device)
 if compilation_cache:
     machine.enable_compilation_cache()
