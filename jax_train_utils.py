@@ -22,7 +22,8 @@ from nanogpt_jax.checkpoint import steps_on_disk as steps_on_disk
 from nanogpt_jax.devices import on_host
 from nanogpt_jax.errors import UserError, check_memory
 from nanogpt_jax.sharding import (
-    batch_sharding, gather_params, make_mesh, partition_specs, shard_batch, shardings,
+    batch_sharding, cast_kernels, gather_params, make_mesh, partition_specs, scan_blocks,
+    shard_batch, shardings, stack_blocks, unstack_blocks,
 )
 
 # -----------------------------------------------------------------------------
@@ -265,11 +266,25 @@ def skip_on_overflow(finite, new, old):
 # -----------------------------------------------------------------------------
 # the jitted steps
 
-def gathered_model(graphdef, params, specs):
-    """The full model, from one device's shards of its parameters."""
-    model = nnx.merge(graphdef, params)
-    nnx.update(model, gather_params(params, specs, model.config.dtype))
-    return model
+def sharded_model(graphdef, params, specs):
+    """(params, specs, make_model) from one device's shards of the parameters.
+
+    The returned params and specs have their blocks stacked. make_model(params): the model as a
+    function. It gathers embeddings once for the whole pass, and blocks one at a time.
+    """
+    dtype = nnx.merge(graphdef, params).config.dtype
+    params, specs = stack_blocks(params, specs)  # once per step: a copy of this device's shards
+    cast = cast_kernels(params, dtype)
+
+    def make_model(params):
+        model = nnx.merge(graphdef, unstack_blocks(params))
+        own, own_cast, spec = (tree['transformer'] for tree in (params, cast, specs))
+        nnx.update(model.transformer, {name: gather_params(own[name], own_cast[name], spec[name])
+                                       for name in own if name != 'h'})
+        return partial(model, run_blocks=partial(
+            scan_blocks, stacked=(own['h'], own_cast['h']),
+            gather=lambda shards: gather_params(*shards, spec['h'])))
+    return params, specs, make_model
 
 
 def make_grad_fn(graphdef, mesh):
@@ -277,13 +292,18 @@ def make_grad_fn(graphdef, mesh):
 
     x, y: int (grad_accum_steps, B, T). grads are float32 and `scale` times the gradient.
     """
+    sharded = mesh.shape['fsdp'] > 1
+
     def accumulate(params, x, y, key, scale, specs):
         """What each device computes, from its sequences and its shards of params."""
         grad_accum_steps = x.shape[0]
         key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
+        make_model = partial(nnx.merge, graphdef)
+        if sharded:
+            params, specs, make_model = sharded_model(graphdef, params, specs)
 
         def loss_fn(params, x, y, key):
-            model = gathered_model(graphdef, params, specs)
+            model = make_model(params)
             _, loss = model(x, y, rngs=nnx.Rngs(dropout=key))
             return loss * scale, loss
 
@@ -301,7 +321,8 @@ def make_grad_fn(graphdef, mesh):
             # all_gather_param's gradient has summed sharded ones over fsdp already
             axes = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in spec)
             return jax.lax.psum(total, axes) / (grad_accum_steps * mesh.size)
-        return jax.tree.map(mean, sums, (specs, PartitionSpec()))
+        grads, loss = jax.tree.map(mean, sums, (specs, PartitionSpec()))
+        return unstack_blocks(grads) if sharded else grads, loss
 
     def grad_fn(params, x, y, key, scale):
         specs, batch = partition_specs(params, mesh), batch_sharding(mesh, 3).spec
@@ -354,13 +375,17 @@ def make_eval_step(graphdef, mesh=None):
     (n,), the mean loss of each batch; counts: int (n,), its number of targets that are not -1.
     """
     mesh = mesh or make_mesh(jax.devices()[:1])
+    sharded = mesh.shape['fsdp'] > 1
 
     def batch_losses(params, x, y, specs):
         """What each device computes, from its sequences and its shards of params."""
-        model = gathered_model(graphdef, params, specs)
+        make_model = partial(nnx.merge, graphdef)
+        if sharded:
+            params, specs, make_model = sharded_model(graphdef, params, specs)
 
         def batch_loss(_, batch):
             x, y = batch
+            model = make_model(params)
             count = (y != -1).sum()
             return None, (jnp.where(count > 0, model(x, y)[1] * count, 0), count)
         sums = jax.lax.scan(batch_loss, None, (x, y))[1]

@@ -194,6 +194,14 @@ class Block(nnx.Module):
         return x
 
 
+def run_blocks(blocks, x, rngs, remat):
+    """x (B, T, C) after all blocks; remat: recompute each block in the backward pass."""
+    run_block = nnx.remat(Block.__call__) if remat else Block.__call__
+    for block in blocks:
+        x = run_block(block, x, rngs)
+    return x
+
+
 class GPT(nnx.Module):
     """GPT(config, rngs=nnx.Rngs(seed)). A new model is in training mode: with dropout > 0, calls
     need `rngs=nnx.Rngs(dropout=key)`. model.eval() turns dropout off, model.train() on."""
@@ -215,7 +223,7 @@ class GPT(nnx.Module):
         n_params = sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param)))
         return n_params - self.transformer.wpe.embedding.size if non_embedding else n_params
 
-    def hidden(self, idx, rngs=None):
+    def hidden(self, idx, rngs=None, run_blocks=run_blocks):
         """The transformer without its head: int (B, T) to (B, T, C) in the compute dtype."""
         B, T = idx.shape
         if T > self.config.block_size:
@@ -227,23 +235,21 @@ class GPT(nnx.Module):
         # embeddings and the residual stream are float32, as under torch's autocast
         x = self.transformer.wte(idx) + self.transformer.wpe(jnp.arange(T))  # (B, T, C)
         x = self.transformer.drop(x, rngs=rngs)
-        run_block = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
-        for block in self.transformer.h:
-            x = run_block(block, x, rngs)
+        x = run_blocks(self.transformer.h, x, rngs, self.config.remat)
         return self.transformer.ln_f(x)
 
     def head(self, x):
         """Logits (..., vocab_size) in the compute dtype, from hidden states (..., C)."""
         return matmul(x, self.transformer.wte.embedding[...].T)
 
-    def __call__(self, idx, targets=None, rngs=None):
+    def __call__(self, idx, targets=None, rngs=None, run_blocks=run_blocks):
         """Logits and loss of token ids idx, int (B, T).
 
         With targets, int (B, T): logits (B, T, vocab_size), and the mean loss over the targets that
         are not -1, a float32 scalar. Without: logits of the last position only, (B, 1, vocab_size),
-        and None.
+        and None. run_blocks: another way through the blocks, as sharding.scan_blocks.
         """
-        x = self.hidden(idx, rngs)
+        x = self.hidden(idx, rngs, run_blocks)
         if targets is None:
             return self.head(x[:, -1:]), None
         logits = self.head(x)

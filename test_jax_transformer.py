@@ -8,6 +8,7 @@ has figures of the PyTorch original (see the README there). tests/ has the tests
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -94,6 +95,14 @@ def golden(name):
 def golden_numbers():
     with open(os.path.join(TESTDATA, 'nanogpt_numbers.json'), encoding='utf-8') as f:
         return json.load(f)
+
+
+def scan(blocks, *args):
+    """run_blocks by scan_blocks, for a model that has its blocks as a list."""
+    params = {i: params_of(block) for i, block in enumerate(blocks)}
+    tree = {'transformer': {'h': params}}
+    stacked = sharding.stack_blocks(tree, tree)[0]['transformer']['h']
+    return sharding.scan_blocks(blocks, *args, stacked)
 
 
 def params_of(model):
@@ -1126,13 +1135,15 @@ def test_resumed_settings_come_from_the_checkpoint_unless_given():
 # the fixtures are float64, ours is float32: 1e-5 is its rounding in a sum of a few hundred terms
 @area(PARITY)
 def test_logits_loss_and_every_gradient_are_nanogpts():
-    for name in ('bias', 'nobias'):
+    # through both ways, the list of blocks and the scan over them
+    for name, way in itertools.product(('bias', 'nobias'), (jax_transformer.run_blocks, scan)):
         data, _, model = golden(name)
         graphdef, params = nnx.split(model, nnx.Param)
 
         def loss_fn(params):
-            logits, loss = nnx.merge(graphdef, params)(data['x'], data['y'])  # noqa: B023
-            return loss, (logits, nnx.merge(graphdef, params)(data['x'])[0])  # noqa: B023
+            model = functools.partial(nnx.merge(graphdef, params), run_blocks=way)  # noqa: B023
+            logits, loss = model(data['x'], data['y'])  # noqa: B023
+            return loss, (logits, model(data['x'])[0])  # noqa: B023
         run = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
         (loss, (logits, last)), grads = run(params)
         np.testing.assert_allclose(loss, data['loss'], rtol=1e-6)
@@ -1164,15 +1175,16 @@ def test_counts_mfu_and_sampling_are_nanogpts():
 def test_training_follows_nanogpts_trajectory():
     for name in ('bias', 'nobias'):
         data, config, model = golden(name)
-        t, graphdef = config['train'], nnx.split(model, nnx.Param)[0]
+        t, mesh = config['train'], one_device_mesh()  # several in tests/test_devices.py
+        graphdef = nnx.split(model, nnx.Param)[0]
         schedule = utils.create_learning_rate_schedule(t['learning_rate'], t['warmup_iters'],
                                                        t['lr_decay_iters'], t['min_lr'])
         tx = utils.create_optimizer(schedule, t['weight_decay'], (t['beta1'], t['beta2']),
                                     t['grad_clip'])
-        step, state = utils.make_train_step(graphdef, tx, seed=0), fresh_state(model, tx)
+        step, state = utils.make_train_step(graphdef, tx, 0, mesh), fresh_state(model, tx)
         for it in range(len(data['train/loss'])):
             x, y = (data[f'train/{key}'][it].astype(np.int32) for key in 'xy')
-            state, metrics = step(state, x, y, it)
+            state, metrics = step(state, *sharding.shard_batch(mesh, x, y), np.int32(it))
             np.testing.assert_allclose(schedule(it), data['train/lr'][it], rtol=1e-12)
             assert metrics['grad_norm'] > t['grad_clip']  # so the clipping has an effect
             # float32 against float64: AdamW divides by a small root, and so amplifies the rounding

@@ -9,6 +9,8 @@ import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nanogpt_jax.errors import UserError
@@ -110,38 +112,99 @@ def state_bytes(state):
     """(bytes of a training state on one device, bytes of the full state)."""
     leaves = jax.tree.leaves(state)
     on_device = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
-    return on_device, sum(a.nbytes for a in leaves)
+    return on_device, sum(a.size * a.dtype.itemsize for a in leaves)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def all_gather_param(w, dim, dtype):
-    """The full parameter in dtype, from the shards that the devices of fsdp hold along dim.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def all_gather_param(w, cast, dim):
+    """The full parameter, from the shards `cast` that the devices of fsdp hold along dim.
 
-    Its gradient is reduce-scattered in the shard's own dtype: summed over the devices, each of
-    which keeps its shard.
+    cast: w in the dtype to gather; its own gradient is zero. That of w is reduce-scattered in w's
+    dtype: summed over the devices, each of which keeps its shard.
     """
-    return jax.lax.all_gather(w.astype(dtype), 'fsdp', axis=dim, tiled=True)
+    return jax.lax.all_gather(cast, 'fsdp', axis=dim, tiled=True)
 
 
-def _all_gather_param_backward(dim, dtype, w, g):
-    return jax.lax.psum_scatter(g.astype(w.dtype), 'fsdp', scatter_dimension=dim, tiled=True),
+def _all_gather_param_backward(dim, w, g):
+    g = jax.lax.psum_scatter(g.astype(w.dtype), 'fsdp', scatter_dimension=dim, tiled=True)
+    # the TPU's compiler would move it behind the accumulation, and keep sums of full gradients
+    return jax.lax.optimization_barrier(g), None
 
 
-all_gather_param.defvjp(lambda w, dim, dtype: (all_gather_param(w, dim, dtype), w),
+all_gather_param.defvjp(lambda w, cast, dim: (all_gather_param(w, cast, dim), w),
                         _all_gather_param_backward)
 
 
-def gather_params(params, specs, dtype):
-    """All parameters in full, from one device's shards; kernels are gathered in `dtype`.
+def cast_kernels(params, dtype):
+    """The parameters as they are gathered: kernels in `dtype`, all others in float32.
 
-    Kernels are used in matmuls only, which compute in that dtype anyway; all else is float32.
+    Kernels are used in matmuls only, which compute in that dtype anyway.
     """
-    def gather(path, w, spec):
-        if 'fsdp' not in spec:
-            return w
-        is_kernel = path[-1].key == 'kernel'
-        return all_gather_param(w, spec.index('fsdp'), dtype if is_kernel else 'float32')
-    return jax.tree_util.tree_map_with_path(gather, params, specs)
+    def cast(path, w):
+        return w.astype(dtype) if path[-1].key == 'kernel' else w
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def gather_params(params, cast, specs):
+    """All parameters in full, from one device's shards; cast: cast_kernels(params, dtype)."""
+    def gather(w, cast, spec):
+        return all_gather_param(w, cast, spec.index('fsdp')) if 'fsdp' in spec else w
+    return jax.tree.map(gather, params, cast, specs)
+
+
+# -----------------------------------------------------------------------------
+# a loop over the blocks, which gathers one at a time
+
+def stack_blocks(params, specs):
+    """(params, specs) with all blocks as one tree, whose arrays have a leading axis of n_layer.
+
+    specs: those of one block; they do not count that axis.
+    """
+    h = params['transformer']['h']
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *h.values())
+    return _with_blocks(params, stacked), _with_blocks(specs, specs['transformer']['h'][0])
+
+
+def unstack_blocks(params):
+    """The params that stack_blocks was given."""
+    stacked = params['transformer']['h']
+    n_layer = len(jax.tree.leaves(stacked)[0])
+    return _with_blocks(params, {i: jax.tree.map(lambda a, i=i: a[i], stacked)
+                                 for i in range(n_layer)})
+
+
+def _with_blocks(tree, h):
+    return tree | {'transformer': tree['transformer'] | {'h': h}}
+
+
+def scan_blocks(blocks, x, rngs, remat, stacked, gather=lambda params: params):
+    """x (B, T, C) after all blocks, as run_blocks in jax_transformer.py, but by a loop over them.
+
+    blocks: only their structure is used. stacked: what `gather` makes a block's params of; called
+    for one block at a time, in the forward pass and again in the backward pass, so that no others
+    are held in full.
+    """
+    graphdef = nnx.split(blocks[0], nnx.Param)[0]
+    rngs_graphdef, rngs_state = nnx.split(rngs)
+
+    def run_block(carry, params):
+        x, rngs_state = carry
+        rngs = nnx.merge(rngs_graphdef, rngs_state)
+        x = nnx.merge(graphdef, gather(params))(x, rngs)
+        return (x, nnx.state(rngs)), None
+
+    # a loop keeps XLA from merging the two passes, so no other barrier (prevent_cse) is needed
+    run_block = jax.checkpoint(run_block, policy=None if remat else is_matmul, prevent_cse=False)
+    return jax.lax.scan(run_block, (x, rngs_state), stacked)[0][0]
+
+
+def is_matmul(primitive, *operands, **params):
+    """The policy of jax.checkpoint that saves the results of matmuls and of attention kernels.
+
+    Gathered weights are not saved, nor what a loop would have to store for elementwise operations,
+    which XLA computes again inside the matmuls of the backward pass.
+    """
+    return primitive.name in ('dot_general', 'dot_product_attention_fwd_wrapper', 'pallas_call')
 
 
 # -----------------------------------------------------------------------------

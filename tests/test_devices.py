@@ -21,8 +21,8 @@ from nanogpt_jax import devices as machine
 
 EIGHT = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
 RESUME = ['--init_from=resume', '--device=cpu']
-# 12 sequences in an evaluation, which 8 devices do not divide
-STEPS = ['--max_iters=12', '--eval_interval=6', '--eval_iters=3']
+# two blocks; 12 sequences in an evaluation, which 8 devices do not divide
+STEPS = ['--n_layer=2', '--max_iters=12', '--eval_interval=6', '--eval_iters=3']
 # by how much weights may differ after these steps, of which each changes them by up to 1e-2. AdamW
 # divides by the gradient's own size, so rounding shows where a gradient is near zero: 3.0e-6 was
 # seen with jax 0.10.1, 2.1e-5 with 0.12.0.1, in 70 of 13,000 weights
@@ -83,6 +83,16 @@ def test_losses_and_weights_do_not_depend_on_devices_and_processes(one, processe
     assert difference < ROUNDING
 
 
+def test_training_on_shards_follows_nanogpts_trajectory():
+    python_on_8_devices('''
+        import jax
+        import test_jax_transformer as quick
+        from nanogpt_jax.sharding import make_mesh
+        quick.one_device_mesh = lambda: make_mesh(jax.devices()[:2], fsdp=2)
+        quick.test_training_follows_nanogpts_trajectory()
+    ''')
+
+
 def test_with_dropout_8_devices_reach_a_similar_loss_as_one(folder):
     flags = ['--max_iters=30', '--eval_interval=30', '--dropout=0.1']
     alone = train(folder, *flags, '--out_dir=a')
@@ -116,37 +126,43 @@ def test_devices_draw_different_dropout_masks():
 # -----------------------------------------------------------------------------
 # what they exchange
 
-COLLECTIVES = '''
+COMPILED_STEP = '''
 import sys
 import jax, numpy as np
 import jax_train_utils as utils
 from jax_transformer import GPTConfig
 from nanogpt_jax.sharding import make_mesh, shard_batch, state_bytes
 from tools.hlo import collectives
-fsdp = int(sys.argv[1])
-mesh = make_mesh(jax.devices(), fsdp)
 tx = utils.create_optimizer(lambda it: 1e-3, 0.1, (0.9, 0.95), 1.0)
-config = GPTConfig(block_size=16, vocab_size=32, n_layer=2, n_head=2, n_embd=32, bias=False)
-state = utils.init_train_state(config, tx, 0, mesh)
-step = utils.make_train_step(utils.split_model(config)[1], tx, 0, mesh)
-batch = shard_batch(mesh, *np.zeros((2, 3, 16, 16), np.int32))
-step = step.lower(state, *batch, np.int32(0)).compile()
-leaves = jax.tree.leaves(state['params'])
-print([p.nbytes for p in leaves if p.ndim > 1], [p.nbytes for p in leaves if p.ndim == 1],
-      state_bytes(state))
+def compiled_step(fsdp, **config):
+    mesh = make_mesh(jax.devices(), fsdp)
+    config = GPTConfig(block_size=16, vocab_size=32, n_head=2, bias=False, **config)
+    state = utils.abstract_train_state(config, tx, mesh)
+    step = utils.make_train_step(utils.split_model(config)[1], tx, 0, mesh)
+    batch = shard_batch(mesh, *np.zeros((2, 3, 16, 16), np.int32))
+    return state, step.lower(state, *batch, np.int32(0)).compile()
+'''
+COLLECTIVES = COMPILED_STEP + '''
+state, step = compiled_step(int(sys.argv[1]), n_layer=3, n_embd=32, remat=sys.argv[2] == 'True')
+blocks = state['params']['transformer'].pop('h')
+for params in (blocks, state['params']):
+    print(*(p.size * 4 for p in jax.tree.leaves(params) if p.ndim > 1))
+    print(*(p.size * 4 for p in jax.tree.leaves(params) if p.ndim == 1))
+state['params']['transformer']['h'] = blocks
+print(*state_bytes(state))
 for each in collectives(step.as_text(), 8):
     print(*each)
 '''
 
 
-@pytest.mark.parametrize('data, fsdp', [(8, 1), (2, 4), (1, 8)])
-def test_a_step_reduces_gradients_once_and_gathers_shards_only_along_fsdp(data, fsdp):
-    head, *lines = python_on_8_devices(COLLECTIVES, fsdp).splitlines()
-    matrices, vectors = (sorted(map(int, numbers.split(', ')))
-                         for numbers in re.findall(r'\[(.*?)\]', head))
-    on_device, full = map(int, re.search(r'\((\d+), (\d+)\)', head).groups())
+@pytest.mark.parametrize('data, fsdp, remat', [(8, 1, False), (2, 4, True), (1, 8, False)])
+def test_a_step_reduces_gradients_once_and_gathers_each_block_at_most_twice(data, fsdp, remat):
+    *head, state, lines = python_on_8_devices(COLLECTIVES, fsdp, remat).split('\n', 5)
+    blocks, block_vectors, rest, vectors = (sorted(map(int, line.split())) for line in head)
+    matrices, vectors = sorted(blocks + rest), block_vectors + vectors
+    on_device, full = map(int, state.split())
     found = {op: [] for op in ('all-reduce', 'all-gather', 'reduce-scatter')}
-    for op, n_bytes, devices, times, in_loop in (line.split() for line in lines):
+    for op, n_bytes, devices, times, in_loop in (line.split() for line in lines.splitlines()):
         found[op].append((int(n_bytes), int(devices), int(times), in_loop == 'True'))
 
     # over data everything is reduced once, after the accumulation of three micro-steps
@@ -162,14 +178,29 @@ def test_a_step_reduces_gradients_once_and_gathers_shards_only_along_fsdp(data, 
     if data > 1:
         assert over_data == sum(matrices) // fsdp  # only its own shards
     assert sum(vectors) < over_all <= sum(vectors) + scalars
-    # along fsdp the weights are gathered (by XLA's CPU compiler before the loop, in which they do
-    # not change), and their gradients are reduce-scattered in every micro-step
-    assert sorted(n_bytes for n_bytes, *_ in found['all-gather']) == matrices
-    assert sorted(n_bytes for n_bytes, *_ in found['reduce-scatter']) == matrices
-    assert {each[1:] for each in found['reduce-scatter']} == {(fsdp, 3, True)}
-    assert all(times <= 3 and devices == fsdp for _, devices, times, _ in found['all-gather'])
+
+    def exchanged(op):
+        assert all(devices == fsdp for _, devices, _, _ in found[op])
+        return sorted(each for n_bytes, _, times, _ in found[op] for each in [n_bytes] * times)
+    # along fsdp a micro-step gathers each block for both passes, and reduce-scatters its gradient;
+    # embeddings once (by XLA's CPU compiler before the loop, in which they do not change)
+    assert exchanged('all-gather') == sorted(2 * 3 * blocks + rest)
+    assert exchanged('reduce-scatter') == sorted(3 * matrices)
     # a device has its shards of the weights and of both moments only
     assert on_device == full - 3 * (sum(matrices) - sum(matrices) // fsdp)
+
+
+def test_a_further_block_takes_less_memory_than_its_weights():
+    out = python_on_8_devices(COMPILED_STEP + '''
+for remat in (False, True):
+    few, many = (compiled_step(8, n_layer=n, n_embd=256, remat=remat)[1].memory_analysis()
+                 .temp_size_in_bytes for n in (2, 6))
+    print((many - few) // 4)
+''')
+    without, with_remat = map(int, out.split())
+    n_bytes = 4 * 12 * 256 ** 2  # of a block's weights
+    # shards of an eighth: the stacked weights, their gradient and its sum. The rest are activations
+    assert with_remat < without < 0.6 * n_bytes
 
 
 # -----------------------------------------------------------------------------

@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 
 import jax_train_utils as utils
-from jax_transformer import GPTConfig
+from jax_transformer import GPTConfig, run_blocks
 from nanogpt_jax.ops import (
     causal_attention, dropout, fused_attention, gelu, random_bits, splash_attention,
 )
 from nanogpt_jax.sharding import shard_batch
-from test_jax_transformer import one_device_mesh, tiny, tokens
+from test_jax_transformer import one_device_mesh, scan, tiny, tokens
 
 
 def test_attention_in_parts_equals_masked_attention():
@@ -106,23 +106,33 @@ def test_dropout_zeroes_the_given_fraction_and_scales_the_rest():
     assert abs((y == 0).mean() - 0.2) < bound
 
 
-def test_remat_gives_the_same_gradient_and_saves_less_for_the_backward_pass():
+@pytest.mark.parametrize('way', [run_blocks, scan])
+def test_remat_and_the_scan_give_the_same_gradient_and_remat_saves_less(way):
     x, y = tokens(2, 16), tokens(2, 16, seed=1)
 
-    def loss(params, remat):
+    def loss(params, remat, way):
         graphdef = nnx.split(tiny(n_layer=3, dropout=0.2, remat=remat), nnx.Param)[0]
         rngs = nnx.Rngs(dropout=jax.random.key(0))
-        return nnx.merge(graphdef, params)(x, y, rngs=rngs)[1]
-    params, results = nnx.state(tiny(n_layer=3), nnx.Param), []
+        return nnx.merge(graphdef, params)(x, y, rngs=rngs, run_blocks=way)[1]
+    params, saved = nnx.state(tiny(n_layer=3), nnx.Param), {}
+    n_params = 3 * 12 * 32 ** 2  # matmuls save their weights
+    want = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, False, run_blocks)
     for remat in (False, True):
-        saved = jax.eval_shape(
-            lambda p, remat=remat: jax.vjp(partial(loss, remat=remat), p)[1], params)
-        grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat)
-        results.append((grads, sum(a.size for a in jax.tree.leaves(saved))))
-    (grads, saved), (remat_grads, remat_saved) = results
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(remat_grads)):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)  # float32 sums in another order
-    assert remat_saved < saved / 2
+        residuals = jax.eval_shape(
+            lambda p, remat=remat: jax.vjp(partial(loss, remat=remat, way=way), p)[1], params)
+        saved[remat] = sum(a.size for a in jax.tree.leaves(residuals)) - n_params
+        got = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, remat, way)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)  # sums in another order
+    assert saved[True] < saved[False] / 2
+
+
+def test_an_evaluation_with_remat_gives_the_same_losses():
+    x, y = tokens(2, 2, 16), tokens(2, 2, 16, seed=1)
+    params = nnx.to_pure_dict(nnx.state(tiny(), nnx.Param))
+    plain, remat = (utils.make_eval_step(utils.split_model(tiny(remat=remat).config)[2])
+                    for remat in (False, True))
+    np.testing.assert_array_equal(remat(params, x, y), plain(params, x, y))
 
 
 # -----------------------------------------------------------------------------
