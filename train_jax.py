@@ -26,7 +26,7 @@ from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.metrics import (
     MetricsFile, StepLog, check_finite, check_wandb, progress, start_wandb,
 )
-from nanogpt_jax.out_dir import hold_out_dir
+from nanogpt_jax.lock import hold_out_dir
 from nanogpt_jax.processes import StopRequest, keep_stdout_open, start_processes
 from nanogpt_jax.sharding import (
     choose_micro_batch_size, describe_small_micro_batches, mesh_for_batch, state_bytes,

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.out_dir import check_out_dir
+from nanogpt_jax.lock import check_out_dir
 
 # orbax warns about every save without a metric, and logs at length what it raises as well; when one
 # of its reads fails, asyncio and Python complain that nobody waited for the others

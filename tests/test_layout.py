@@ -29,7 +29,7 @@ def parsed(path):
 # -----------------------------------------------------------------------------
 # imports
 
-BASE = ['nanogpt_jax/__init__.py', 'nanogpt_jax/ops.py', 'nanogpt_jax/out_dir.py']
+BASE = ['nanogpt_jax/__init__.py', 'nanogpt_jax/ops.py', 'nanogpt_jax/lock.py']
 LEVELS = ['nanogpt_jax/errors.py', 'base', 'leaf', 'jax_transformer.py', 'jax_train_utils.py',
           'script', 'tool']
 

@@ -30,7 +30,7 @@ from helpers import (
 import jax_train_utils as utils
 from nanogpt_jax.checkpoint import VAL_LOSS, Checkpoints, steps_on_disk
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.out_dir import LOCK, hold_out_dir, release_out_dir
+from nanogpt_jax.lock import LOCK, hold_out_dir, release_out_dir
 from nanogpt_jax.processes import RobustStream, StopRequest, open_closed_streams
 from nanogpt_jax.sharding import make_mesh
 
@@ -342,7 +342,7 @@ def test_a_lock_that_is_removed_while_another_run_opens_it_locks_nothing(held, m
         return flock(lock, operation)
     monkeypatch.setattr(fcntl, 'flock', released_first)
     other = open(held / LOCK)
-    monkeypatch.setattr('nanogpt_jax.out_dir.release_out_dir', lambda: None)
+    monkeypatch.setattr('nanogpt_jax.lock.release_out_dir', lambda: None)
     hold_out_dir(held)
     assert calls == [0, 1]  # the second has a name
     other.close()
