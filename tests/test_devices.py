@@ -387,12 +387,15 @@ def test_the_plan_counts_what_a_step_exchanges(folder):
              for line in result.stdout.splitlines() if line.startswith('| gpt2 ')]
     # bytes of the weights: embeddings of the vocabulary and 64 positions, 4 blocks, the last norm
     params = 4 * ((50304 + 64) * 768 + 4 * (12 * 768 ** 2 + 2 * 768) + 768)
+    blocks = 4 * 4 * 12 * 768 ** 2  # of their matrices
     for cells, n in zip(table, (4, 8), strict=True):
         assert cells[1] == str(n) and cells[2] == f'{3 * 64 * n:,}'
         # weights and two moments, a quarter of each
         assert float(cells[3]) == pytest.approx(3 * params / 4 / 2**30, abs=0.01)
-        # gathered three times and scattered three times; three quarters go to other devices
-        assert float(cells[6]) == pytest.approx(6 * params * 3 / 4 / 1e9, abs=0.01)
+        # in each of three micro-steps gathered once, the blocks twice, and scattered once; three
+        # quarters go to other devices
+        sent = 3 * (2 * params + blocks) * 3 / 4
+        assert float(cells[6]) == pytest.approx(sent / 1e9, abs=0.01)
     # two groups reduce their quarters once: each sends one of them, in a ring of two
     assert float(table[0][7]) == 0
     assert float(table[1][7]) == pytest.approx(params / 4 / 1e9, abs=0.01)

@@ -60,7 +60,8 @@ def test_mfu_is_against_the_devices_peak_and_unknown_for_five_iterations(
 @pytest.mark.parametrize('peaks, logged', [({}, []), ({'cpu': 1e9}, [-100, 0])])
 def test_wandb_gets_mfu_only_if_the_peak_is_known(folder, monkeypatch, peaks, logged):
     lines = []
-    stub = SimpleNamespace(__file__='wandb.py', log=lines.append,
+    offline = SimpleNamespace(settings=SimpleNamespace(mode='offline'))
+    stub = SimpleNamespace(__file__='wandb.py', setup=lambda: offline, log=lines.append,
                            init=lambda **kwargs: SimpleNamespace(id='x'))
     monkeypatch.setitem(sys.modules, 'wandb', stub)
     monkeypatch.setattr(devices, 'PEAK_FLOPS', devices.PEAK_FLOPS | peaks)
