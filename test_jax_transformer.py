@@ -35,6 +35,7 @@ from nanogpt_jax.sampling import Continuation, filter_logits, sampling_weights, 
 
 TESTDATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'testdata')
 COMPILER, PARITY = 'XLA on this machine', 'parity with nanoGPT'
+VARIANTS = ['bias', 'nobias']  # of the figures in testdata/
 TINY = dict(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32)
 
 # a GPU or TPU may run float32 matmuls in lower precision; the tolerances below assume float32
@@ -1136,7 +1137,7 @@ def test_resumed_settings_come_from_the_checkpoint_unless_given():
 @area(PARITY)
 def test_logits_loss_and_every_gradient_are_nanogpts():
     # through both ways, the list of blocks and the scan over them
-    for name, way in itertools.product(('bias', 'nobias'), (jax_transformer.run_blocks, scan)):
+    for name, way in itertools.product(VARIANTS, (jax_transformer.run_blocks, scan)):
         data, _, model = golden(name)
         graphdef, params = nnx.split(model, nnx.Param)
 
@@ -1159,7 +1160,7 @@ def test_logits_loss_and_every_gradient_are_nanogpts():
 
 @area(PARITY)
 def test_counts_mfu_and_sampling_are_nanogpts():
-    for name in ('bias', 'nobias'):
+    for name in VARIANTS:
         data, config, model = golden(name)
         assert model.get_num_params() == config['num_params']
         assert model.get_num_params(non_embedding=False) == config['num_params_all']
@@ -1173,7 +1174,7 @@ def test_counts_mfu_and_sampling_are_nanogpts():
 
 @area(PARITY)
 def test_training_follows_nanogpts_trajectory():
-    for name in ('bias', 'nobias'):
+    for name in VARIANTS:
         data, config, model = golden(name)
         t, mesh = config['train'], one_device_mesh()  # several in tests/test_devices.py
         graphdef = nnx.split(model, nnx.Param)[0]

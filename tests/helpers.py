@@ -36,14 +36,9 @@ TINY = ['--dataset=tiny', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd
         '--eval_interval=4', '--warmup_iters=2', '--lr_decay_iters=20', '--learning_rate=1e-2',
         '--min_lr=1e-3']
 
-# one compilation cache for all runs, and for all of pytest-xdist's workers, which inherit the
-# variable: compiling takes most of the time
-if 'TESTS_COMPILED' not in os.environ:
-    COMPILED = tempfile.TemporaryDirectory()  # lives as long as this process
-    os.environ['TESTS_COMPILED'] = COMPILED.name
 # runs compile without most of XLA's optimizations, in half the time, unless OPTIMIZED is given:
-# what they claim does not depend on them, except where numbers of different programs are compared
-ENV = {'JAX_COMPILATION_CACHE_DIR': os.environ['TESTS_COMPILED'],
+# what they claim does not depend on them
+ENV = {'JAX_COMPILATION_CACHE_DIR': os.environ.get('JAX_COMPILATION_CACHE_DIR', ''),
        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
        'JAX_DISABLE_MOST_OPTIMIZATIONS': 'True'}
 OPTIMIZED = {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'False'}
@@ -229,7 +224,6 @@ def run_inside(folder, script, *args, stdin=None, **env):
         sys.stdout = sys.__stdout__ = out  # configurator.py prints --help to __stdout__
         sys.stderr = err
         jax.config.update('jax_compilation_cache_dir', ENV['JAX_COMPILATION_CACHE_DIR'])
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
         jax.config.update('jax_disable_most_optimizations', True)
         reset_cache()
         code = run_main(script)

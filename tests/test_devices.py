@@ -33,7 +33,7 @@ ROUNDING = 1e-4
 def one(tmp_path_factory):
     """(folder, output) of a run on one device."""
     folder = with_data(tmp_path_factory.mktemp('one'))
-    return folder, train(folder, *STEPS, '--out_dir=one', **OPTIMIZED)
+    return folder, train(folder, *STEPS, '--out_dir=one')
 
 
 def assert_same_losses(got, want, tolerance):
@@ -62,8 +62,7 @@ def python_on_8_devices(code, *args):
 # the same losses
 
 @pytest.mark.xdist_group('one')
-@pytest.mark.parametrize('processes, devices, fsdp',
-                         [(1, 8, 1), (1, 8, 2), (1, 8, 8), (2, 2, 1), (2, 2, 4)])
+@pytest.mark.parametrize('processes, devices, fsdp', [(1, 8, 2), (2, 2, 1)])  # more of them below
 def test_losses_and_weights_do_not_depend_on_devices_and_processes(one, processes, devices, fsdp):
     folder, want = one
     out_dir = f'{processes}x{devices}-{fsdp}'
@@ -71,10 +70,9 @@ def test_losses_and_weights_do_not_depend_on_devices_and_processes(one, processe
     if processes == 1:
         out = train(folder, *flags, **EIGHT, **OPTIMIZED)
     else:
-        launcher = 'torchrun' if fsdp == 1 else 'by hand'
-        out = run_processes(folder, processes, *TINY, *flags, devices=devices, launcher=launcher,
-                            **OPTIMIZED)
+        out = run_processes(folder, processes, *TINY, *flags, devices=devices, launcher='torchrun')
     assert f'devices: {processes * devices} (cpu), processes: {processes}' in out
+    assert 'tokens per iteration will be: 128' in out
     assert f'mesh: data {processes * devices // fsdp} x fsdp {fsdp}, ' in out
     # float32 sums in another order may change the last of the printed digits
     loss_difference = assert_same_losses(out, want, 1.1e-4)
@@ -89,14 +87,15 @@ def test_training_on_shards_follows_nanogpts_trajectory():
         import test_jax_transformer as quick
         from nanogpt_jax.sharding import make_mesh
         quick.one_device_mesh = lambda: make_mesh(jax.devices()[:2], fsdp=2)
+        quick.VARIANTS = ['bias']
         quick.test_training_follows_nanogpts_trajectory()
     ''')
 
 
-def test_with_dropout_8_devices_reach_a_similar_loss_as_one(folder):
+def test_with_dropout_2_devices_reach_a_similar_loss_as_one(folder):
     flags = ['--max_iters=30', '--eval_interval=30', '--dropout=0.1']
     alone = train(folder, *flags, '--out_dir=a')
-    several = train(folder, *flags, '--out_dir=b', '--fsdp=2', **EIGHT)
+    several = train(folder, *flags, '--out_dir=b', '--fsdp=2', devices=2)
     (first, last), (_, other) = ([float(val) for *_, val in STEP.findall(out)]
                                  for out in (alone, several))
     # other masks from the same distribution: losses differ, by far less than training reduces them
@@ -194,8 +193,8 @@ def test_a_further_block_takes_less_memory_than_its_weights():
     out = python_on_8_devices(COMPILED_STEP + '''
 for remat in (False, True):
     few, many = (compiled_step(8, n_layer=n, n_embd=256, remat=remat)[1].memory_analysis()
-                 .temp_size_in_bytes for n in (2, 6))
-    print((many - few) // 4)
+                 .temp_size_in_bytes for n in (2, 4))
+    print((many - few) // 2)
 ''')
     without, with_remat = map(int, out.split())
     n_bytes = 4 * 12 * 256 ** 2  # of a block's weights
@@ -209,13 +208,13 @@ for remat in (False, True):
 @pytest.mark.xdist_group('one')
 def test_checkpoints_move_between_devices_shardings_and_processes(one):
     folder, want = one
-    outs = [train(folder, *STEPS, '--max_iters=2', '--out_dir=moved', **OPTIMIZED),  # one device
-            resume(folder, 5, **EIGHT, **OPTIMIZED),  # 1 to 8
-            resume(folder, 8, '--fsdp=8', **EIGHT, **OPTIMIZED),  # data to fsdp
-            run_processes(folder, 2, *RESUME, '--out_dir=moved', '--max_iters=10', '--fsdp=2',
-                          devices=2, **OPTIMIZED),
-            resume(folder, 12, **OPTIMIZED)]  # 2 processes to 1
-    for out, mesh in zip(outs[1:], ('data 8 x fsdp 1', 'data 1 x fsdp 8', 'data 2 x fsdp 2')):
+    outs = [train(folder, *STEPS, '--max_iters=2', '--out_dir=moved'),  # one device
+            resume(folder, 5, **EIGHT),  # 1 to 8
+            resume(folder, 8, '--fsdp=8', **EIGHT),  # data to fsdp
+            run_processes(folder, 2, *RESUME, '--out_dir=moved', '--max_iters=10', '--fsdp=4',
+                          devices=2),
+            resume(folder, 12)]  # 2 processes to 1
+    for out, mesh in zip(outs[1:], ('data 8 x fsdp 1', 'data 1 x fsdp 8', 'data 1 x fsdp 4')):
         assert f'mesh: {mesh}' in out
     got = [line for out in outs for line in ITER.findall(out)]
     assert [int(n) for n, *_ in got] == list(range(13))
@@ -224,17 +223,18 @@ def test_checkpoints_move_between_devices_shardings_and_processes(one):
     assert weight_difference(folder, 'moved', 'one') < ROUNDING
 
 
-def test_a_checkpoint_of_8_devices_is_cropped_on_4(folder):
+def test_a_checkpoint_is_cropped_on_several_devices(folder):
     # 4 devices do not divide 10 positions, so wpe is sharded along its other dimension
-    train(folder, '--max_iters=2', '--fsdp=8', '--out_dir=moved', **EIGHT)
+    train(folder, '--max_iters=2', '--out_dir=moved')
     assert 'iter 4: ' in resume(folder, 4, '--block_size=10', '--fsdp=4', **EIGHT)
     assert 'iter 5: ' in resume(folder, 5)
 
 
 def resume(folder, max_iters, *flags, **env):
     """stdout of a run that resumes the checkpoints in out_dir moved, and must succeed."""
-    result = run(folder, 'train_jax.py', *RESUME, '--out_dir=moved', f'--max_iters={max_iters}',
-                 *flags, **env)
+    result = (run if env else run_inside)(
+        folder, 'train_jax.py', *RESUME, '--out_dir=moved', f'--max_iters={max_iters}', *flags,
+        **env)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -282,7 +282,9 @@ def test_a_dead_process_ends_the_others_and_the_run_can_be_resumed(
     survivor = started[1 - victim]
     _, err = survivor.communicate(timeout=60)
     assert survivor.returncode != 0, err
-    assert 'lost the connection to the other processes' in err or 'another task died' in err, err
+    # of a missing heartbeat JAX's own thread tells, which then ends the process
+    said = 'another task died' if signum == signal.SIGSTOP else 'lost the connection to the other'
+    assert said in err, err
     started[victim].kill()
     started[victim].communicate()
     # by one process, which is faster; a test above moves a run to and from two

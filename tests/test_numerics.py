@@ -130,8 +130,9 @@ def loss_and_gradients(weights, n_layer, n_head, idx, targets):
 
 @pytest.mark.xdist_group('memory')
 @pytest.mark.parametrize('batch_size, with_target, settings', [
-    # config/train_shakespeare_char.py's model, with a quarter of its batch
-    (16, 256, dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, bias=False)),
+    # config/train_shakespeare_char.py's model, with a quarter of its batch, and two of its six
+    # blocks, all of one size
+    (16, 256, dict(n_layer=2, n_head=6, n_embd=384, block_size=256, vocab_size=65, bias=False)),
     # one block of GPT-2 124M and its full head; a fourth of the positions has a target, as NumPy
     # has to compute the logits, most of its work, of these alone
     (2, 256, dict(n_layer=1, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=True)),

@@ -20,6 +20,14 @@ from nanogpt_jax.sharding import shard_batch
 from test_jax_transformer import one_device_mesh, scan, tiny, tokens
 
 
+@pytest.fixture(autouse=True)
+def without_most_optimizations():
+    """Compile in half the time on a CPU; what these tests claim of it does not depend on them."""
+    jax.config.update('jax_disable_most_optimizations', jax.default_backend() == 'cpu')
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
 def test_attention_in_parts_equals_masked_attention():
     def masked_attention(q, k, v):
         att = jnp.einsum('bqnh,bknh->bnqk', q, k) * q.shape[-1] ** -0.5

@@ -84,18 +84,18 @@ def test_lines_come_in_nanogpts_order(folder):
 def test_compiled_programs_are_cached_unless_turned_off(folder):
     # without the cache that the tests share, which has precedence
     env = {'XDG_CACHE_HOME': str(folder / 'cache'), 'JAX_COMPILATION_CACHE_DIR': ''}
-    train(folder, '--max_iters=0', '--compilation_cache=False', '--out_dir=one', **env)
+    train(folder, '--eval_only=True', '--compilation_cache=False', **env)
     assert not (folder / 'cache').exists()
-    train(folder, '--max_iters=0', '--out_dir=two', **env)
+    train(folder, '--max_iters=0', '--out_dir=one', **env)
     cache = folder / 'cache' / 'nanogpt-jax' / cpu_key()
     cached = sorted(cache.glob('*train_step*-cache'))
     assert len(cached) == 1
-    train(folder, '--max_iters=0', '--out_dir=three', **env)
+    train(folder, '--max_iters=0', '--out_dir=two', **env)
     assert cached == sorted(cache.glob('*train_step*-cache'))
     # a folder that cannot be created costs the cache, not the run
     (folder / 'file').write_text('')
     env['XDG_CACHE_HOME'] = str(folder / 'file')
-    out = train(folder, '--max_iters=0', '--out_dir=four', **env)
+    out = train(folder, '--eval_only=True', **env)
     assert 'compiled programs are not cached for the next start' in out
 
 
@@ -272,19 +272,6 @@ def test_a_smaller_block_size_crops_on_resume_and_a_larger_is_refused(folder):
 
 # -----------------------------------------------------------------------------
 # several devices
-
-def test_eight_devices_train_like_one(folder):
-    args = ['--max_iters=6', '--gradient_accumulation_steps=4']
-    one = train(folder, *args, '--out_dir=one')
-    eight = train(folder, *args, '--out_dir=eight', XLA_FLAGS=EIGHT_DEVICES)
-    assert 'devices: 8' in eight and 'tokens per iteration will be: 256' in eight
-    a, b = (ITER.findall(out) + STEP.findall(out) for out in (one, eight))
-    assert len(a) == len(b) == 7 + 2
-    # float32 sums over devices in another order: after 6 steps at most the last of the four
-    # printed digits differs
-    np.testing.assert_allclose(*([float(line[1]) for line in lines] for lines in (a, b)),
-                               atol=1.01e-4)
-
 
 def test_devices_across_which_the_batch_does_not_divide_are_left_out(folder):
     out = train(folder, '--max_iters=1', '--batch_size=3', '--gradient_accumulation_steps=1',
