@@ -413,14 +413,14 @@ def n_parts(n_batches, params, tokens):
 
 
 def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, block_size,
-                  micro_batch_size, progress=lambda items, description: items, vocab_size=ALL_IDS,
+                  micro_batch_size, progress=lambda items, *_: items, vocab_size=ALL_IDS,
                   stopped=lambda: False):
     """{'train': loss, 'val': loss}: means over eval_iters batches, the same batches in every run.
 
     micro_batch_size: the most sequences that a device processes at a time. progress(items,
-    description): wraps the loop over the parts of an evaluation. stopped(): asked before each part;
-    None is returned once it is true. Raises UserError for an id in the data that is not below
-    vocab_size.
+    description, n_batches): wraps the loop over the parts of an evaluation. stopped(): asked before
+    each part; None is returned once it is true. Raises UserError for an id in the data that is not
+    below vocab_size.
     """
     means = {}
     for split in ('train', 'val'):
@@ -432,7 +432,7 @@ def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, blo
         offsets = np.pad(offsets, (0, -len(offsets) % B), constant_values=-1).reshape(-1, B)
         results = []
         parts = np.split(offsets, n_parts(len(offsets), params, B // mesh.size * block_size))
-        for part in progress(parts, f'evaluating {split}'):
+        for part in progress(parts, f'evaluating {split}', eval_iters):
             if stopped():
                 return None
             batch = load_batch(mesh, data_dir, split, part, block_size, vocab_size)

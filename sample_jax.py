@@ -104,6 +104,8 @@ def read_lines():
             print('> ', end='', flush=True)
         line = sys.stdin.readline()
         if not line:
+            if sys.stdin.isatty():
+                print() # the prompt's line has no end yet
             return
         if line.strip('\r\n'):
             yield line.strip('\r\n')
@@ -138,6 +140,8 @@ if num_samples:
     for first in range(num_samples) if stream else [0]:
         sample(prompt, key, first, 1 if stream else num_samples)
 refused = False
+if interactive and sys.stdin.isatty():
+    print('the first continuation takes some seconds more: it is compiled')
 for number, prompt in enumerate(read_lines(), start=1) if interactive else ():
     try:
         sample(prompt, jax.random.fold_in(key, number), 0, 1)
@@ -145,6 +149,6 @@ for number, prompt in enumerate(read_lines(), start=1) if interactive else ():
         print(f'error: {e}')
         refused = True
 if n_tokens:
-    print(f'{n_texts} samples, {n_tokens:,} tokens in {seconds:.2f} s: '
+    print(f'{n_texts} sample{"s" * (n_texts != 1)}, {n_tokens:,} tokens in {seconds:.2f} s: '
           f'{n_tokens / seconds:.1f} tokens/s, compilation included')
 sys.exit(refused)

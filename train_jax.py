@@ -191,7 +191,8 @@ def create_state():
             model_args['block_size'] = block_size
         return state, model_args
     if init_from.startswith('gpt2') or os.path.isdir(init_from):
-        print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
+        whose = 'GPT-2' if os.path.isdir(init_from) else 'OpenAI GPT-2'
+        print(f'Initializing from {whose} weights: {init_from}')
         state, gptconf = utils.load_pretrained(init_from, tx, mesh, block_size, dropout)
         return state, {name: getattr(gptconf, name) for name in GPT_ARGS}
     raise UserError(f"init_from is {init_from!r}; it must be 'scratch', 'resume', 'gpt2', "
@@ -223,6 +224,10 @@ print(f"mesh: data {mesh.shape['data']} x fsdp {fsdp}, {on_device:,.1f} MB of th
       'of training state on each device')
 peak = mesh.size * machine.peak_flops(devices[0]) # nan if it is not known
 print(machine.describe_peak(devices[0], mesh.size))
+if wait := machine.describe_wait(
+        devices[0], model.estimate_mfu(global_batch_size, 1.0, 1.0), global_batch_size,
+        2 * eval_iters * batch_size, gradient_accumulation_steps):
+    print(wait)
 
 # the jitted steps
 train_step = utils.make_train_step(
@@ -269,7 +274,7 @@ print(f'compiled in {time.time() - t0:.1f} s')
 
 # training loop
 start_iter = iter_num
-log = StepLog(start_iter, max_iters, tokens_per_iter,
+log = StepLog(start_iter, max_iters, eval_interval, tokens_per_iter,
               lambda dt: model.estimate_mfu(global_batch_size, dt, peak),
               schedule, metrics_file, checkpoints.describe_valid)
 with stop, checkpoints: # closes them at the end
@@ -310,6 +315,7 @@ with stop, checkpoints: # closes them at the end
     if iter_num > start_iter:
         norm = jax.jit(optax.tree.norm)(state['params'])
         check_finite(iter_num, {'norm of the weights': norm}, checkpoints.describe_valid)
+        print(f'saving checkpoint to {out_dir}')
         checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars)
 if stop.signum and checkpoints.steps():
     print(f'stopped by {stop.signum.name} before iteration {iter_num}; '

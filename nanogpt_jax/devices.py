@@ -11,9 +11,12 @@ import math
 import os
 import platform as machine
 import re
+import time
 import warnings
+from datetime import timedelta
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 from jax.extend.backend import backends
 
@@ -105,6 +108,35 @@ def describe_peak(device, n_devices=1):
     several = f'{n_devices} x ' if n_devices > 1 else ''
     return (f'mfu is counted against {several}{peak / 1e12:g} TFLOP/s, the 16-bit peak of '
             f'{device.device_kind}')
+
+
+def describe_wait(device, flops, n_sequences, n_evaluated, grad_accum_steps):
+    """A line that says what an iteration takes on a CPU at least, if that is long; else ''.
+
+    flops: of an iteration, of n_sequences. n_evaluated: sequences of an evaluation.
+    grad_accum_steps: the setting, for advice.
+    """
+    if device.platform != 'cpu' or flops < 1e12:  # a second or so at most
+        return ''
+    seconds = flops / (matmul_flops() * jax.process_count())
+    if seconds < 10:
+        return ''
+    evaluation = seconds / 3 * n_evaluated / n_sequences  # the forward pass alone
+    times = [str(timedelta(seconds=round(s))) for s in (seconds, evaluation)]
+    return (f'on this CPU an iteration takes {times[0]} or more and an evaluation {times[1]} or '
+            'more, by the time of a matmul'
+            + ('; small data is meant to be trained with --gradient_accumulation_steps=1, and a '
+               'smaller --eval_iters is faster too' if grad_accum_steps > 1 else ''))
+
+
+def matmul_flops(n=1024):
+    """FLOP/s of a float32 matmul (n, n) @ (n, n), which a model does not reach as a whole."""
+    a, dot, times = jnp.ones((n, n)), jax.jit(jnp.dot), []
+    for _ in range(6):  # the first one with compilation
+        t0 = time.perf_counter()
+        dot(a, a).block_until_ready()
+        times.append(time.perf_counter() - t0)
+    return 2 * n ** 3 / min(times)
 
 
 def compute_capability(device):

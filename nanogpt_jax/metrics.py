@@ -46,42 +46,51 @@ class StepLog:
     """Prints nanoGPT's line for a step, and writes it to metrics.jsonl, one step late.
 
     Reading a loss waits for the device, so a step's line is printed once the next step is queued.
-    max_iters: the last iteration. tokens_per_iter: tokens of an optimizer step. estimate_mfu:
-    seconds per iteration to MFU, a fraction. schedule: iteration to learning rate. metrics_file: a
-    MetricsFile or None. describe_valid: see check_finite.
+    max_iters: the last iteration. eval_interval: iterations between evaluations. tokens_per_iter:
+    tokens of an optimizer step. estimate_mfu: seconds per iteration to MFU, a fraction. schedule:
+    iteration to learning rate. metrics_file: a MetricsFile or None. describe_valid: see
+    check_finite.
     """
 
-    def __init__(self, start_iter, max_iters, tokens_per_iter, estimate_mfu, schedule,
-                 metrics_file, describe_valid):
+    def __init__(self, start_iter, max_iters, eval_interval, tokens_per_iter, estimate_mfu,
+                 schedule, metrics_file, describe_valid):
         self.start_iter, self.last_logged = start_iter, start_iter - 1
-        self.max_iters, self.start_time = max_iters, time.time()
+        self.max_iters, self.eval_interval = max_iters, eval_interval
+        self.start_time = time.time()
         self.tokens_per_iter, self.estimate_mfu = tokens_per_iter, estimate_mfu
         self.schedule, self.metrics_file = schedule, metrics_file
         self.describe_valid = describe_valid
         # nan throughout if the devices' peak is not known
         self.running_mfu = -1.0 if math.isfinite(estimate_mfu(1.0)) else math.nan
         self.last_step = {}  # of the last printed step: grad_norm and, in float16, loss_scale
-        self.pending = None  # (iteration, metrics) of a step that is not printed yet
+        self.pending = None  # (iteration, metrics, end) of a step that is not printed yet
         self.train_time, self.resumed_at = 0.0, self.start_time
+        self.pause_time = 0.0  # of the last pause
+        self.estimated = False  # whether the time left has been printed
 
     def queue(self, iter_num, metrics):
         """Remember the metrics of a step, arrays on the device, for the next flush."""
-        self.pending = iter_num, metrics
+        # a CPU may compute a step before the call that starts it returns: it ended by now, not when
+        # it is printed
+        ended = time.time() if metrics['loss'].is_ready() else None
+        self.pending = iter_num, metrics, ended
 
     def pause(self):
         """Stop the clock: evaluations and checkpoints do not count as training time."""
-        self.train_time += time.time() - self.resumed_at
+        self.paused_at = time.time()
+        self.train_time += self.paused_at - self.resumed_at
 
     def resume(self):
         self.resumed_at = time.time()
+        self.pause_time = self.resumed_at - self.paused_at
 
     def flush(self):
         """Print the pending step, if any. Raises NonFiniteError if its loss is not finite."""
         if not self.pending:
             return
-        it, metrics = self.pending
+        it, metrics, ended = self.pending
         loss = float(metrics['loss'])
-        now = time.time()
+        now = ended or time.time()
         dt = (self.train_time + now - self.resumed_at) / (it - self.last_logged)
         self.pending, self.last_logged, self.train_time, self.resumed_at = None, it, 0.0, now
         if it - self.start_iter >= 5:  # the first iterations are slower
@@ -98,6 +107,9 @@ class StepLog:
                 tokens_per_s=self.tokens_per_iter / dt,
                 mfu=self.running_mfu if self.running_mfu >= 0 else math.nan)
         check_finite(it, metrics, self.describe_valid)
+        if it - self.start_iter >= 2 and not self.estimated:  # the first one is slower
+            evaluations = self.max_iters // self.eval_interval - it // self.eval_interval
+            self._print_time_left(dt * (self.max_iters - it) + self.pause_time * evaluations)
 
     def evaluated(self, iter_num, losses):
         """Write the losses of an evaluation to metrics.jsonl, and print the time left.
@@ -108,10 +120,15 @@ class StepLog:
             self.metrics_file.write(iter=iter_num, tokens=iter_num * self.tokens_per_iter,
                                     train_loss=losses['train'], val_loss=losses['val'],
                                     lr=float(self.schedule(iter_num)))
-        if iter_num > self.start_iter and sys.stdout.isatty():
+        if iter_num > self.start_iter:
             per_iter = (time.time() - self.start_time) / (iter_num - self.start_iter)
-            print(time_left(per_iter * (self.max_iters + 1 - iter_num)))
+            self._print_time_left(per_iter * (self.max_iters + 1 - iter_num))
         check_finite(iter_num, {'validation loss': losses['val']}, self.describe_valid)
+
+    def _print_time_left(self, seconds):
+        self.estimated = True
+        if sys.stdout.isatty() and round(seconds) > 0:
+            print(time_left(seconds))
 
 
 # -----------------------------------------------------------------------------
@@ -226,11 +243,16 @@ def time_left(seconds):
     return f'{timedelta(seconds=round(seconds))} left, done at about {at}'
 
 
-def progress(items, description):
-    """The items, with a progress bar on a terminal if they take long (and tqdm is installed)."""
+def progress(items, description, n_batches):
+    """The items, each as large a part of n_batches, with a progress bar of the batches on a
+    terminal if they take long (and tqdm is installed)."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return items
-    return tqdm(items, desc=description, delay=BAR_DELAY, leave=False,
-                disable=not sys.stdout.isatty())
+        yield from items
+        return
+    with tqdm(total=n_batches, desc=description, unit=' batches', delay=BAR_DELAY, leave=False,
+              disable=not sys.stdout.isatty()) as bar:
+        for k, item in enumerate(items, start=1):
+            yield item
+            bar.update(n_batches * k // len(items) - bar.n)

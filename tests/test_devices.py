@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import jax
 import jaxlib
@@ -408,3 +409,28 @@ def test_the_plan_refuses_devices_and_models_that_it_cannot_plan(folder):
     one_line_error(run_inside(folder, 'tools.plan', '--model=gpt3'), "'gpt3'", 'gpt2-xl')
     for n in ('10000', '9' * 5000):
         one_line_error(run_inside(folder, 'tools.plan', f'--n_devices={n}'), 'from 1 to 9999')
+
+
+# -----------------------------------------------------------------------------
+# long iterations
+
+def test_long_iterations_on_a_cpu_are_announced_with_what_shortens_them(folder, monkeypatch):
+    monkeypatch.setattr(machine, 'matmul_flops', lambda: 1e10)
+    cpu = jax.devices()[0]
+    # 3 * 2 * 200 / 480 of an iteration's sequences, in the forward pass alone
+    line = machine.describe_wait(cpu, 1.5e12, 480, 2 * 200 * 12, 40)
+    assert 'an iteration takes 0:02:30 or more and an evaluation 0:08:20 or more' in line
+    assert '--gradient_accumulation_steps=1' in line and '--eval_iters' in line
+    assert '--gradient_accumulation_steps' not in machine.describe_wait(cpu, 1.5e12, 12, 4800, 1)
+    assert machine.describe_wait(SimpleNamespace(platform='gpu'), 1.5e15, 480, 4800, 40) == ''
+    assert machine.describe_wait(cpu, 9e11, 480, 4800, 40) == '' # short in any case: not measured
+    out = train(folder, '--max_iters=0')
+    assert 'on this CPU an iteration takes' not in out
+    # by the FLOPs that mfu counts: 8 sequences of 16 tokens
+    flops = 128 * (6 * (2 * 32 + 12 * 32 ** 2 + 32 + 20 * 32) + 12 * 32 * 16)
+    monkeypatch.setattr(machine, 'describe_wait', lambda *args: f'waits for {args[1:]}')
+    assert f'waits for {(float(flops), 8, 16, 2)}' in train(folder, '--max_iters=0', '--out_dir=b')
+
+
+def test_the_speed_of_a_matmul_is_measured():
+    assert 1e8 < machine.matmul_flops(256) < 1e15 # between a tenth of a core and no machine

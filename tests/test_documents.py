@@ -183,6 +183,14 @@ def test_every_path_names_a_file(document):
 
 
 @each_document
+def test_what_the_commands_write_is_ignored_by_git(document):
+    written = [arg.split('=', 1)[1] for call in python_calls(document) for arg in call
+               if arg.startswith(('--out_dir=', '--dst='))]
+    assert_none([f'{document}: git does not ignore {path}' for path in written
+                 if not path.startswith('data/') and not is_generated(path, '')])
+
+
+@each_document
 def test_every_link_leads_somewhere(document):
     for target in re.findall(r'\]\((?!https?:)([^)\s]+)\)', prose(document)):
         path, _, anchor = target.partition('#')

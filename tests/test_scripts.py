@@ -1,5 +1,6 @@
 """Sampling, benchmarks and the comparison, from the command line; --help of every script."""
 
+import io
 import os
 import re
 import shutil
@@ -152,6 +153,20 @@ def test_each_line_of_stdin_is_a_prompt_and_a_wrong_one_does_not_end_sampling(tr
     errors = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
     assert errors[0].startswith('error: the model never saw')
     assert 'Traceback' not in result.stderr and '2 samples, 10 tokens' in result.stderr
+
+
+def test_on_a_terminal_the_first_prompt_and_the_summary_are_lines_of_their_own(
+        trained, monkeypatch):
+    class Terminal(io.BytesIO):
+        def isatty(self):
+            return True
+    args = 'sample_jax.py', '--device=cpu', '--interactive', '--max_new_tokens=5'
+    piped = run_inside(trained, *args, stdin='abc\n').stderr
+    assert 'compiled\n' not in piped and '> ' not in piped
+    monkeypatch.setattr(io, 'BytesIO', Terminal)
+    assert re.search(r'^the first continuation takes some seconds more: it is compiled\n'
+                     r'> > \n1 sample, 5 tokens in ',
+                     run_inside(trained, *args, stdin='abc\n').stderr, re.M)
 
 
 def test_a_closed_pipe_ends_sampling_without_a_traceback(trained):

@@ -102,7 +102,7 @@ def test_the_figures_of_124M_are_nanogpts_published_ones():
     assert number(out, 'FLOP per token, forward and backward') == round(874944921600 / 1024)
     assert f'{number(out, "a checkpoint") / 1e9:.2f}' == '1.49'
     # its 3.46 days are for N with wpe, which is 0.6% more
-    days = float(re.search(r'^by 6N +\S+ +(\S+)$', out, re.M)[1])
+    days = float(re.search(r'^by 6N +\S+ +(\S+) days$', out, re.M)[1])
     assert days == pytest.approx(3.46, rel=0.01)
     # its line gives 2.292426e9 tokens for 124e6 parameters; here they are 0.4% fewer
     tokens = optimum(out, 'approach 2, a line through table A3')[0]
@@ -336,6 +336,20 @@ def test_a_checkpoint_has_the_size_that_is_printed(tmp_path):
     printed = number(output(*flags(**settings)), 'a checkpoint')
     # beside the arrays there are names, shapes and checksums: tens of kB
     assert printed < written < 1.02 * printed
+
+
+def test_a_time_has_a_unit_that_it_can_be_read_in():
+    def times(*args):
+        return re.findall(r'^by 6N(?: \S+ \S+)? +\S+ +(\S+ \w+)$', output(*args), re.M)
+    large = flags(vocab_size=50257, max_iters=610352)
+    assert times(*large) == ['3.96 days', '3.44 days']
+    assert times(*large, '--n_devices=1600') == ['28.5 minutes', '24.7 minutes']
+    small = flags(vocab_size=65, n_layer=4, n_head=4, n_embd=128, block_size=64)
+    fewer = flags(max_iters=2000, batch_size=12, gradient_accumulation_steps=1)
+    assert all(time.endswith(' seconds') for time in times(*small, *fewer))
+    # eight GPUs do not take microseconds for a step
+    assert 'ms per iteration; steps so short' in output(*small, *fewer)
+    assert 'steps so short' not in output(*large)
 
 
 # -----------------------------------------------------------------------------

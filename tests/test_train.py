@@ -43,7 +43,8 @@ def test_log_lines_are_nanogpts_and_the_loss_falls(folder):
                  'mfu is nan: no peak of a cpu is known'):
         assert line in out, line
     assert len(re.findall(r'^compiled in \d+\.\d s$', out, re.M)) == 1
-    # the state after the last iteration is saved, and the best checkpoint is kept
+    # the state after the last iteration is saved, as a line says, and the best checkpoint is kept
+    assert out.count('saving checkpoint to out_jax') == len(steps[1:]) + 1
     best = min(steps[1:], key=lambda s: float(s[2]))
     assert set(steps_on_disk(folder / 'out_jax')) == {int(best[0]), 21}
 
@@ -53,12 +54,25 @@ def test_log_interval_prints_every_nth_iteration(folder):
     assert [int(i[0]) for i in ITER.findall(out)] == [0, 3, 6]
 
 
+class Loss(float):
+    """A loss as a step returns it: computed already, or not."""
+
+    def __new__(cls, ready):
+        loss = super().__new__(cls, 1.0)
+        loss.is_ready = lambda: ready
+        return loss
+
+
+def step_log(max_iters=9, eval_interval=100):
+    return metrics.StepLog(0, max_iters, eval_interval, tokens_per_iter=128,
+                           estimate_mfu=lambda dt: 0.0, schedule=lambda it: 1e-3,
+                           metrics_file=None, describe_valid=None)
+
+
 def test_a_log_line_has_the_mean_time_since_the_last_one_without_pauses(monkeypatch, capsys):
-    now, step = 0.0, {'loss': 1.0, 'grad_norm': 1.0}
+    now, step = 0.0, {'loss': Loss(ready=False)}
     monkeypatch.setattr(metrics.time, 'time', lambda: now)
-    log = metrics.StepLog(start_iter=0, max_iters=9, tokens_per_iter=128,
-                          estimate_mfu=lambda dt: 0.0, schedule=lambda it: 1e-3,
-                          metrics_file=None, describe_valid=None)
+    log = step_log()
     log.queue(0, step)
     now = 2.0
     log.flush()
@@ -71,6 +85,46 @@ def test_a_log_line_has_the_mean_time_since_the_last_one_without_pauses(monkeypa
     log.flush()
     times = [float(i[2]) for i in ITER.findall(capsys.readouterr().out)]
     assert times == [2000.0, (1000.0 + 8000.0) / 3]
+
+
+def test_a_step_that_is_computed_as_it_is_queued_has_its_own_time(monkeypatch, capsys):
+    # as on a CPU; the last step of a run is printed at once, with no other step between
+    now, step = 0.0, {'loss': Loss(ready=True)}
+    monkeypatch.setattr(metrics.time, 'time', lambda: now)
+    log = step_log()
+    for it, seconds in enumerate([7.0, 3.0, 4.0]):
+        now += seconds # while the step is started, and computed
+        log.flush()
+        log.queue(it, step)
+    now += 0.001
+    log.flush()
+    times = [float(i[2]) for i in ITER.findall(capsys.readouterr().out)]
+    assert times == [7000.0, 3000.0, 4000.0]
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_the_time_left_is_estimated_at_the_third_iteration_and_after_evaluations(
+        monkeypatch, capsys, terminal):
+    now, step = 0.0, {'loss': Loss(ready=False)}
+    monkeypatch.setattr(metrics.time, 'time', lambda: now)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal)
+    log = step_log(max_iters=8, eval_interval=4)
+    log.pause()
+    now += 60 # an evaluation at iteration 0, as at 4 and 8
+    log.resume()
+    for it in range(4):
+        log.queue(it, step)
+        now += 10.0 if it else 500.0
+        log.flush()
+        left = [line for line in capsys.readouterr().out.splitlines() if ' left, ' in line]
+        # 6 iterations and 2 evaluations
+        assert [line[:7] for line in left] == ['0:03:00'] * (terminal and it == 2), it
+    # by the mean of all that ran, 590 s for 4, for the 5 iterations from 4 to 8
+    log.evaluated(4, {'train': 1.0, 'val': 1.0})
+    assert ('0:12:18 left' in capsys.readouterr().out) is terminal
+    now = 0.3
+    log.evaluated(8, {'train': 1.0, 'val': 1.0}) # nothing is left
+    assert capsys.readouterr().out == ''
 
 
 def test_lines_come_in_nanogpts_order(folder):

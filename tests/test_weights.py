@@ -189,7 +189,7 @@ def test_an_unreachable_hub_is_a_one_line_error(folder):
 def test_a_run_starts_from_a_folder_and_resumes(folder, model):
     write_hf(folder / 'hf', export_torch_weights(model))
     out = train(folder, '--init_from=hf', '--block_size=8', '--max_iters=2')
-    assert 'Initializing from OpenAI GPT-2 weights: hf' in out
+    assert 'Initializing from GPT-2 weights: hf' in out
     assert 'tokens per iteration will be: 64' in out
     resumed = train(folder, '--init_from=resume', '--block_size=8', '--max_iters=3')
     assert 'iter 3: loss' in resumed

@@ -1,6 +1,6 @@
 """
 What a model and a run will need, before they start: parameters, FLOPs and activations by part,
-memory, the size of a checkpoint, days of training, and the compute-optimal number of tokens.
+memory, the size of a checkpoint, the time of training, and the compute-optimal number of tokens.
 Nothing is computed on a device, so no GPU is needed.
 $ python -m tools.sizing
 $ python -m tools.sizing config/train_shakespeare_char.py
@@ -216,14 +216,29 @@ def print_memory(activations):
     print()
 
 
-def print_days():
+def duration(seconds):
+    """Three digits, in the largest unit of which it is at least one."""
+    units = (('days', 86400), ('hours', 3600), ('minutes', 60), ('seconds', 1))
+    name, length = next((unit for unit in units if seconds >= unit[1]), units[-1])
+    return f'{seconds / length:.3g} {name}'
+
+
+def print_time():
+    speed = n_devices * peak * utilization
+
     def cells(flops):
-        return f'{flops:.3e}', f'{flops / (n_devices * peak * utilization) / 86400:.3g}'
+        return f'{flops:.3e}', duration(flops / speed)
     print_table((f'{max_iters:,} iterations of {tokens_per_iter:,} tokens: {short(tokens)}',
-                 'FLOP', 'days'),
+                 'FLOP', 'time'),
                 [('by 6N + 12LHQT', *cells(flops_per_token * tokens)),
                  ('by 6N', *cells(6 * n_params * tokens))], markdown=False)
-    print(f'with {n_devices} devices of {peak / 1e12:g} TFLOP/s and an mfu of {utilization:.0%}\n')
+    print(f'with {n_devices} device{"s" * (n_devices > 1)} of {peak / 1e12:g} TFLOP/s '
+          f'and an mfu of {utilization:.0%}')
+    per_iter = flops_per_token * tokens_per_iter / speed
+    if per_iter < 1e-2:
+        print(f'that is {per_iter * 1000:.2g} ms per iteration; steps so short do not reach that '
+              'mfu, on several devices least of all: time them with bench_jax.py')
+    print()
 
 
 def short(x):
@@ -283,5 +298,5 @@ print_table(('parameters without wpe, N', f'{n_params:,}'), [
     ('6N + 12LHQT, which mfu is counted by', f'{flops_per_token:,.0f}')], markdown=False)
 print()
 print_memory(activations)
-print_days()
+print_time()
 print_laws()
