@@ -25,7 +25,7 @@ from nanogpt_jax.devices import select_devices
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.pretrained import CONV1D
 from nanogpt_jax.sharding import make_mesh
-from nanogpt_jax.tokenizer import load_meta
+from nanogpt_jax.tokenizer import end_of_text, load_vocabulary, make_tokenizer
 
 sys.excepthook = report_user_error
 # -----------------------------------------------------------------------------
@@ -160,18 +160,18 @@ def read_state(ckpt, config):
     return jax.device_put(state, devices[0]), moments is not None
 
 
-def find_chars(config, data_dir):
-    """The characters of a model's vocabulary, from its data set; None for GPT-2's BPE. Raises
-    UserError if the data set has another vocabulary."""
-    vocab_size, chars = load_meta(data_dir)
-    if chars is None and config.vocab_size < 50257:  # so the ids are not GPT-2's
-        print(f'WARNING: no meta.pkl in {data_dir}, so {dst} can be trained but not sampled: '
-              'prepare the data, and convert again')
-        chars = []
+def vocabulary_of(config, data_dir):
+    """A model's vocabulary (of nanogpt_jax/tokenizer.py), from its data set. Raises UserError if
+    the data set has another one."""
+    vocab_size, vocabulary = load_vocabulary(data_dir)
+    if vocabulary is None and config.vocab_size < 50257:  # so the ids are not GPT-2's
+        print(f'WARNING: no meta.pkl or tokenizer.json in {data_dir}, so {dst} can be trained but '
+              'not sampled: prepare the data, and convert again')
+        vocabulary = []
     if vocab_size and vocab_size != config.vocab_size < 50257:
         raise UserError(f'{data_dir} has a vocabulary of {vocab_size}, the model of {src} one of '
                         f'{config.vocab_size}: prepare the data that it was trained on')
-    return chars
+    return vocabulary
 
 
 def nanogpt_to_run():
@@ -183,10 +183,11 @@ def nanogpt_to_run():
     model_args = {name: getattr(config, name) for name in GPT_ARGS}
     shape = {name: value for name, value in model_args.items() if name != 'vocab_size'}
     settings = {'always_save_checkpoint': True} | ckpt['config'] | shape
-    chars = find_chars(config, os.path.join('data', str(settings.get('dataset', ''))))
+    vocabulary = vocabulary_of(config, os.path.join('data', str(settings.get('dataset', ''))))
     iter_num = int(ckpt['iter_num'])
     with Checkpoints(dst) as checkpoints:
-        checkpoints.save(state, iter_num, float(ckpt['best_val_loss']), model_args, settings, chars)
+        checkpoints.save(state, iter_num, float(ckpt['best_val_loss']), model_args, settings,
+                         vocabulary)
     print(f'{dst} has iteration {iter_num} of {src}, {"with" if has_moments else "without"} the '
           "optimizer's moments; resume with: "
           f'python train_jax.py --init_from=resume --out_dir={dst}')
@@ -242,9 +243,13 @@ def run_to_nanogpt():
           "nanoGPT resumes it from its out_dir with --init_from=resume")
 
 
-def hf_config(args):
-    """The config.json of a GPT-2 with these model_args."""
-    end = 50256 if args['vocab_size'] > 50256 else None  # GPT-2's <|endoftext|>
+def hf_config(args, vocabulary):
+    """The config.json of a GPT-2 with these model_args and this vocabulary."""
+    end = None
+    if isinstance(vocabulary, str):
+        end = end_of_text(make_tokenizer(vocabulary, src)[0])
+    elif args['vocab_size'] > 50256:
+        end = 50256  # GPT-2's <|endoftext|>
     sizes = {name: args[name] for name in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
     dropout = {f'{part}_pdrop': args['dropout'] for part in ('attn', 'embd', 'resid')}
     return dict(architectures=['GPT2LMHeadModel'], model_type='gpt2',
@@ -268,7 +273,10 @@ def run_to_hf():
     os.makedirs(part, exist_ok=True)
     save_file(tensors, os.path.join(part, 'model.safetensors'), metadata={'format': 'pt'})
     with open(os.path.join(part, 'config.json'), 'w', encoding='utf-8') as f:
-        json.dump(hf_config(meta['model_args']), f, indent=1)
+        json.dump(hf_config(meta['model_args'], meta['chars']), f, indent=1)
+    if isinstance(meta['chars'], str):
+        with open(os.path.join(part, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+            f.write(meta['chars'])
     os.replace(part, dst)
     print(f'{dst} has iteration {meta["iter_num"]} of {src}, '
           'for transformers.GPT2LMHeadModel.from_pretrained')

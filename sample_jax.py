@@ -70,7 +70,7 @@ if compilation_cache:
 compute_type = compute_dtype(dtype, devices, 'dtype' in given)
 
 # model
-chars = None
+vocabulary = None # GPT-2's BPE
 if init_from == 'resume':
     checkpoints = Checkpoints(out_dir, read_only=True)
     def abstract_params(saved):
@@ -78,7 +78,7 @@ if init_from == 'resume':
         state = abstract_train_state(gptconf, optax.identity(), make_mesh(devices[:1]))
         return {'params': state['params']}
     step, saved, arrays = checkpoints.load(checkpoint, abstract_params)
-    chars = saved['chars']
+    vocabulary = saved['chars']
     gptconf = GPTConfig(**saved['model_args'], dtype=compute_type)
     model = nnx.merge(split_model(gptconf)[2], arrays['params'])
     newer = checkpoint == 'auto' and checkpoints.steps()[-1] > step
@@ -88,9 +88,10 @@ else:
     model = GPT.from_pretrained(init_from, dict(dropout=0.0), dtype=compute_type)
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
-encode, decode = get_tokenizer(chars)
-n_chars = len(chars) if chars is not None else 50257
-n_vocab = min(n_chars, model.config.vocab_size) # ids past it are padding
+encode, make_decode, n_vocab = get_tokenizer(vocabulary) # ids from n_vocab on are padding
+if n_vocab > model.config.vocab_size:
+    raise UserError(f'the tokenizer has {n_vocab} tokens, the model only '
+                    f'{model.config.vocab_size}: it was trained with another tokenizer')
 n_texts, n_tokens, seconds = 0, 0, 0.0
 
 def say(text):
@@ -117,7 +118,7 @@ def sample(prompt, key, first, n):
     ids = np.array(encode(prompt), np.int32)
     check_sampling_memory(model.config, n, len(ids), max_new_tokens)
     idx = np.tile(ids, (n, 1)) # (n, T)
-    texts = [Continuation(decode, stop) for _ in range(n)]
+    texts = [Continuation(make_decode(ids), stop) for _ in range(n)]
     if stream:
         say(prompt)
     chunk = 1 if stream else 16 if stop else None # tokens between checks whether all have ended

@@ -31,7 +31,7 @@ from nanogpt_jax.processes import StopRequest, keep_stdout_open, start_processes
 from nanogpt_jax.sharding import (
     choose_micro_batch_size, describe_small_micro_batches, mesh_for_batch, state_bytes,
 )
-from nanogpt_jax.tokenizer import load_meta
+from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 keep_stdout_open()
@@ -151,14 +151,14 @@ if compute_type != dtype:
 data_dir = os.path.join('data', dataset)
 for split in ('train', 'val'):
     utils.count_tokens(data_dir, split, block_size) # complains now, not at the first evaluation
-meta_vocab_size, chars = load_meta(data_dir) # None, None: GPT-2's BPE
+meta_vocab_size, vocabulary = load_vocabulary(data_dir) # None, None: GPT-2's BPE
 if meta_vocab_size is not None:
-    print(f"found vocab_size = {meta_vocab_size} (inside {os.path.join(data_dir, 'meta.pkl')})")
-    if saved and saved['chars'] and saved['chars'] != chars:
-        raise UserError(f'{out_dir} was trained on other characters than those of {data_dir}: '
-                        'use the --dataset that it was trained on')
+    print(f'found vocab_size = {meta_vocab_size} (inside {find_vocabulary(data_dir)})')
+    if saved and saved['chars'] and saved['chars'] != vocabulary:
+        raise UserError(f'{out_dir} was trained on other characters or tokens than those of '
+                        f'{data_dir}: use the --dataset that it was trained on')
 elif saved:
-    chars = saved['chars']
+    vocabulary = saved['chars']
 vocab_size = saved['model_args']['vocab_size'] if saved else meta_vocab_size or 50304
 utils.check_tokens(data_dir, vocab_size)
 
@@ -206,6 +206,9 @@ tx = utils.create_optimizer(schedule, weight_decay, (beta1, beta2), grad_clip)
 state, model_args = create_state()
 config |= {k: v for k, v in model_args.items() if k in config} # of pretrained weights
 vocab_size = model_args['vocab_size'] # of pretrained weights
+if meta_vocab_size and meta_vocab_size > vocab_size:
+    raise UserError(f'{find_vocabulary(data_dir)} has {meta_vocab_size} tokens, the model only '
+                    f'{vocab_size}: use the data that it was trained on, or --init_from=scratch')
 get_batch = partial(utils.get_train_batch, mesh, data_dir, global_batch_size, grad_accum_steps,
                     block_size, seed, vocab_size=vocab_size) # iter_num -> x, y
 attention = machine.attention_path(
@@ -296,8 +299,8 @@ with stop, checkpoints: # closes them at the end
                     checkpoints.record_val_loss(iter_num, losses['val'])
                 elif iter_num > 0:
                     print(f'saving checkpoint to {out_dir}')
-                    checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars,
-                                     losses['val'])
+                    checkpoints.save(state, iter_num, best_val_loss, model_args, config,
+                                     vocabulary, losses['val'])
             log.resume()
 
         # one optimizer step; while the devices compute it, prepare the next batch on the host and
@@ -316,7 +319,7 @@ with stop, checkpoints: # closes them at the end
         norm = jax.jit(optax.tree.norm)(state['params'])
         check_finite(iter_num, {'norm of the weights': norm}, checkpoints.describe_valid)
         print(f'saving checkpoint to {out_dir}')
-        checkpoints.save(state, iter_num, best_val_loss, model_args, config, chars)
+        checkpoints.save(state, iter_num, best_val_loss, model_args, config, vocabulary)
 if stop.signum and checkpoints.steps():
     print(f'stopped by {stop.signum.name} before iteration {iter_num}; '
           f'resume with: python train_jax.py --init_from=resume --out_dir={out_dir}')

@@ -16,6 +16,7 @@ import numpy as np
 # the repository's root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from nanogpt_jax.errors import UserError
+from nanogpt_jax.tokenizer import END_OF_TEXT, end_of_text, make_tokenizer, read_tokenizer
 from nanogpt_jax.tokenizer import gpt2_encoding  # noqa: F401 - for the prepare scripts
 
 tinyshakespeare_url = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
@@ -116,6 +117,26 @@ def prepare_chars(text, folder):
         pickle.dump(meta, f)
 
 
+class OwnEncoding:
+    """A tokenizer.json with the methods of tiktoken's Encoding that write_documents uses.
+
+    Raises UserError if it cannot be used, or has no token that ends a document.
+    """
+
+    def __init__(self, path):
+        text = read_tokenizer(path)
+        self.tokenizer, self.n_vocab = make_tokenizer(text, path)
+        self.tokenizer.encode_special_tokens = True  # in documents no text is a special token
+        self.name = f'tokenizer.json {hashlib.sha256(text.encode()).hexdigest()}'
+        self.max_token_value, self.eot_token = self.n_vocab - 1, end_of_text(self.tokenizer)
+        if self.eot_token is None:
+            raise UserError(f'{path} has no token that ends a document: add one of '
+                            f'{", ".join(END_OF_TEXT)}')
+
+    def encode_to_numpy(self, text, disallowed_special=()):
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+
+
 def write_documents(folder, splits, enc, source, num_proc):
     """Write train.bin and val.bin: the ids of each split's documents, each ended by enc.eot_token.
 
@@ -146,8 +167,8 @@ def write_documents(folder, splits, enc, source, num_proc):
 def append_documents(path, texts, enc, source, num_proc):
     """Append the documents that path.tmp lacks; returns its number of tokens.
 
-    Tokenizes in num_proc threads, not processes, since tiktoken releases the GIL: nothing is copied
-    between them, and none is left behind when this process is killed.
+    Tokenizes in num_proc threads, not processes, since the tokenizers release the GIL: nothing is
+    copied between them, and none is left behind when this process is killed.
     """
     from tqdm import tqdm  # here, since most data sets do without it
     with open(f'{path}.tmp', 'ab') as f, ThreadPoolExecutor(num_proc) as pool:

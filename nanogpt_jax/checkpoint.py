@@ -186,18 +186,18 @@ class Checkpoints:
     # -------------------------------------------------------------------------
     # writing
 
-    def save(self, state, iter_num, best_val_loss, model_args, config, chars, val_loss=None):
+    def save(self, state, iter_num, best_val_loss, model_args, config, vocabulary, val_loss=None):
         """Save what nanoGPT's checkpoints hold; waits for checksums and the copy off the device.
 
-        chars: the characters of the vocabulary, or None for GPT-2's BPE. val_loss: the validation
-        loss at this iteration if it was evaluated; the checkpoint can then be the best. Raises
-        UserError if an earlier save has failed or a later checkpoint exists.
+        vocabulary: of nanogpt_jax/tokenizer.py, saved under its old name chars. val_loss: the
+        validation loss at this iteration if it was evaluated; the checkpoint can then be the best.
+        Raises UserError if an earlier save has failed or a later checkpoint exists.
         """
         self.check()
         t0, self.val_losses[iter_num] = time.time(), val_loss
         arrays = split_items(state)
         meta = dict(iter_num=iter_num, best_val_loss=best_val_loss, model_args=model_args,
-                    config=config, chars=chars, val_loss=val_loss,
+                    config=config, chars=vocabulary, val_loss=val_loss,
                     checksums={item: checksums_of(tree) for item, tree in arrays.items()})
         try:
             saved = self.manager.save(iter_num, args=ocp.args.Composite(

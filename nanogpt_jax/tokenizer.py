@@ -1,8 +1,11 @@
 """
-Text to token ids and back: characters by a data set's meta.pkl, or GPT-2's BPE.
+Text to token ids and back: characters by a data set's meta.pkl, tokens of its own by a
+tokenizer.json, or GPT-2's BPE. What a checkpoint keeps of it is called its vocabulary here: a list
+of characters, the text of a tokenizer.json, or None for GPT-2's BPE.
 Needs neither JAX nor NumPy, so that the scripts of data/ can use it too.
 """
 
+import json
 import os
 import pickle
 
@@ -10,6 +13,36 @@ from nanogpt_jax.errors import UserError, optional_import
 
 
 LARGEST_PROMPT = 2 ** 24  # characters
+MOST_TOKENS = 2 ** 16  # token ids are uint16 in train.bin, as nanoGPT's
+END_OF_TEXT = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>')  # GPT-2's name, and others
+
+
+# -----------------------------------------------------------------------------
+# the vocabulary of a data set
+
+def find_vocabulary(data_dir):
+    """The path of a data set's tokenizer.json or meta.pkl; None if it has GPT-2's tokens.
+
+    Raises UserError if it has both.
+    """
+    paths = [os.path.join(data_dir, name) for name in ('tokenizer.json', 'meta.pkl')]
+    found = [path for path in paths if os.path.exists(path)]
+    if len(found) == 2:
+        raise UserError(f'{data_dir} has a tokenizer.json and a meta.pkl: delete the one that its '
+                        'train.bin was not made with')
+    return found[0] if found else None
+
+
+def load_vocabulary(data_dir):
+    """(number of tokens, vocabulary) of a data set; (None, None) for GPT-2's.
+
+    Raises UserError if its tokenizer.json or meta.pkl cannot be used.
+    """
+    path = find_vocabulary(data_dir)
+    if not path or path.endswith('.pkl'):
+        return load_meta(data_dir)
+    text = read_tokenizer(path)
+    return make_tokenizer(text, path)[1], text
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -37,9 +70,9 @@ def load_meta(data_dir):
             meta = PlainUnpickler(f).load()
         itos = meta.get('itos', {})
         vocab_size, chars = meta['vocab_size'], [itos[i] for i in range(len(itos))]
-        if type(vocab_size) is not int or not 1 <= vocab_size <= 2 ** 16:
-            raise ValueError(f'vocab_size is {vocab_size!r}; it must be an int from 1 to 65536, '
-                             'since token ids are uint16')
+        if type(vocab_size) is not int or not 1 <= vocab_size <= MOST_TOKENS:
+            raise ValueError(f'vocab_size is {vocab_size!r}; it must be an int from 1 to '
+                             f'{MOST_TOKENS}, since token ids are uint16')
         if len(chars) > vocab_size or not all(isinstance(c, str) for c in chars):
             raise ValueError(f'itos must have a string for each of at most {vocab_size} ids')
         return vocab_size, chars
@@ -48,18 +81,107 @@ def load_meta(data_dir):
                         'make it again with the prepare.py beside it') from e
 
 
-def get_tokenizer(chars):
-    """(encode, decode) for a list of characters, or for GPT-2's BPE if chars is None.
+# -----------------------------------------------------------------------------
+# tokenizer.json, of Hugging Face's tokenizers
 
-    encode: str to a list of ids. decode: ids to UTF-8 bytes, since a BPE token may be a part of a
-    character; ids past the vocabulary are skipped. encode raises UserError for a character that is
-    not in the list.
+def read_tokenizer(path):
+    """The JSON of a tokenizer.json, without white space. Raises UserError if it is none."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.dumps(json.load(f), ensure_ascii=False, separators=(',', ':'))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f'cannot read {path} ({type(e).__name__}: {e})') from e
+
+
+def make_tokenizer(text, source):
+    """(Tokenizer, number of its tokens) from the text of a tokenizer.json; runs no code of it.
+
+    source: for errors. Raises UserError if it cannot be used, or has more than MOST_TOKENS.
     """
-    if chars is None:
+    tokenizers = optional_import('tokenizers')
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as e:  # the library raises bare Exceptions
+        raise UserError(f'cannot use {source} ({e}): it must be a tokenizer.json of '
+                        "Hugging Face's tokenizers") from e
+    n = 1 + max(tokenizer.get_vocab().values(), default=-1)  # with those added to the model's
+    if not 1 <= n <= MOST_TOKENS:
+        raise UserError(f'{source} has {n:,} tokens; it must have 1 to {MOST_TOKENS:,}, since the '
+                        "ids in train.bin are uint16, as nanoGPT's: train a smaller one, with "
+                        'data/openwebtext/prepare.py --train_tokenizer=32000 for instance')
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer, n
+
+
+def end_of_text(tokenizer):
+    """The id of the token that ends a document, or None."""
+    ids = [tokenizer.token_to_id(name) for name in END_OF_TEXT]
+    return next((i for i in ids if i is not None), None)
+
+
+def train_tokenizer(texts, n_tokens, show_progress=False):
+    """The text of a tokenizer.json with at most n_tokens: byte-level BPE of the texts, split into
+    words as GPT-2's, with <|endoftext|>. Any text can be encoded."""
+    tokenizers = optional_import('tokenizers')
+    bytes_as_chars = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=n_tokens, initial_alphabet=sorted(bytes_as_chars),
+        special_tokens=[END_OF_TEXT[0]], show_progress=show_progress)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
+
+
+def stream_decoder(tokenizer, prompt):
+    """decode for one continuation of the ids of a prompt: ids to UTF-8 bytes of what is new.
+
+    A token's text may depend on those before it, and a character may take several.
+    """
+    DecodeStream = optional_import('tokenizers').decoders.DecodeStream
+    stream = DecodeStream(skip_special_tokens=False)
+
+    def step(token):
+        nonlocal stream
+        try:
+            return stream.step(tokenizer, token) or ''
+        except Exception:  # a byte-fallback tokenizer, after bytes that are no UTF-8
+            stream = DecodeStream(skip_special_tokens=False)
+            return '\ufffd' + (stream.step(tokenizer, token) or '')
+
+    def decode(tokens):
+        return ''.join(map(step, tokens)).encode()
+    decode(prompt)
+    return decode
+
+
+# -----------------------------------------------------------------------------
+# text to ids and back
+
+def get_tokenizer(vocabulary):
+    """(encode, make_decode, number of tokens) for a vocabulary.
+
+    encode: str to a list of ids. make_decode: the ids of a prompt to the decode of one continuation
+    of it, which takes the next ids and returns UTF-8 bytes, since a token may be a part of a
+    character; ids past the vocabulary are skipped. encode raises UserError for a character that is
+    not in a list.
+    """
+    if vocabulary is None:
         enc = gpt2_encoding()
         n = enc.n_vocab  # a model's vocabulary may be padded past it
         return (lambda text: enc.encode(text, allowed_special={'<|endoftext|>'}),
-                lambda tokens: enc.decode_bytes([t for t in tokens if t < n]))
+                lambda prompt: lambda tokens: enc.decode_bytes([t for t in tokens if t < n]), n)
+    if isinstance(vocabulary, str):
+        tokenizer, n = make_tokenizer(vocabulary, "the model's tokenizer")
+        return (lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+                lambda prompt: stream_decoder(tokenizer, prompt), n)
+    return (*char_tokenizer(vocabulary), len(vocabulary))
+
+
+def char_tokenizer(chars):
+    """(encode, make_decode) of get_tokenizer for a list of characters."""
     if not chars:
         raise UserError("the meta.pkl of the model's data set has no characters (itos), "
                         'so text cannot be encoded')
@@ -75,7 +197,7 @@ def get_tokenizer(chars):
     def decode(tokens):
         # a finetuned model may have a larger vocabulary than its data set has characters
         return ''.join(chars[i] for i in tokens if i < len(chars)).encode('utf-8', 'replace')
-    return encode, decode
+    return encode, lambda prompt: decode
 
 
 def gpt2_encoding():

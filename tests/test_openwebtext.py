@@ -265,7 +265,7 @@ def made(folder):
 
 def write_files(folder, ending, docs=DOCS):
     """Write docs to local files, in the order of their names."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     if ending == 'txt':
         for i, doc in enumerate(docs):
             (folder / f'{i:04}.txt').write_text(doc, encoding='utf-8')
@@ -313,13 +313,97 @@ def test_the_hubs_corpus_is_split_as_nanogpt_splits_it(tmp_path, script, monkeyp
 
     monkeypatch.setattr(script.datasets, 'load_dataset', load_dataset)
     script.prepare('--num_proc=2', '--revision=refs/pr/22', '--out_dir=out')
-    assert asked == {'repo': script.repo, 'revision': 'refs/pr/22', 'split': 'train', 'num_proc': 2}
+    assert asked == {'repo': script.openwebtext, 'name': None, 'revision': 'refs/pr/22',
+                     'split': 'train', 'num_proc': 2}
     warning = 'warning: 2,001 documents where the whole corpus has 8,013,769'
     assert warning in capsys.readouterr().out.lower()
     parts = corpus.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     assert made(tmp_path / 'out') == [
         expected_bytes(parts[name]['text']) for name in ('train', 'test')]
     assert list(split(docs)) == [list(parts[name]['text']) for name in ('train', 'test')]
+
+
+def test_any_data_set_of_the_hub_can_be_chosen_by_name(tmp_path, script):
+    # a folder has the layout of a repository: a configuration is a folder of files
+    for name, docs in (('small', DOCS[:60]), ('large', DOCS)):
+        write_files(tmp_path / 'repo' / name, 'jsonl', docs)
+    (tmp_path / 'repo' / 'README.md').write_text(
+        '---\nconfigs:\n' + ''.join(f'- config_name: {name}\n  data_files: {name}/a.jsonl\n'
+                                    for name in ('small', 'large')) + '---\n')
+    script.prepare('--repo=repo', '--name=small', '--out_dir=out', '--num_proc=1')
+    assert made(tmp_path / 'out') == [expected_bytes(part) for part in split(DOCS[:60])]
+    with pytest.raises(UserError, match="no column 'body', but .*'text'"):
+        script.prepare('--repo=repo', '--name=small', '--text_column=body', '--out_dir=out')
+    with pytest.raises(UserError, match='cannot load repo .*small.*another --repo, --name'):
+        script.prepare('--repo=repo', '--out_dir=out')
+
+
+# -----------------------------------------------------------------------------
+# tokens of one's own
+
+def own_bytes(out, texts):
+    """As expected_bytes, by out's tokenizer.json."""
+    tokenizer = pytest.importorskip('tokenizers').Tokenizer.from_file(str(out / 'tokenizer.json'))
+    tokenizer.encode_special_tokens = True
+    return np.array([t for text in texts for t in [*tokenizer.encode(text).ids, 0]],
+                    dtype=np.uint16).tobytes()
+
+
+def test_a_tokenizer_is_trained_on_the_documents_for_training_and_used(tmp_path, script, capsys):
+    tokenizers = pytest.importorskip('tokenizers')
+    write_files(tmp_path / 'in', 'jsonl')
+    flags = ['--input=in/*.jsonl', '--out_dir=out', '--train_tokenizer=270', '--val_share=0.1']
+    script.prepare(*flags)
+    out = tmp_path / 'out'
+    train, val = split(DOCS, 0.1)
+    assert made(out) == [own_bytes(out, part) for part in (train, val)]
+    assert len(made(out)[0]) < 2 * sum(len(doc.encode()) for doc in train)  # merges are learned
+    assert 'tokenizer.json has 270 tokens, trained in' in capsys.readouterr().out
+    first, tokenizer = made(out), (out / 'tokenizer.json').read_text()
+    assert tokenizers.Tokenizer.from_str(tokenizer).token_to_id('<|endoftext|>') == 0
+
+    script.prepare(*flags) # uses the tokenizer that lies there now
+    assert 'tokenizer.json, with 270 tokens' in capsys.readouterr().out
+    assert (made(out), (out / 'tokenizer.json').read_text()) == (first, tokenizer)
+    script.prepare(*flags[:2], flags[3]) # without the flag too
+    assert made(out) == first
+    with pytest.raises(UserError, match='has 270 tokens, not 260: delete it'):
+        script.prepare(*flags, '--train_tokenizer=260')
+    os.remove(out / 'tokenizer.json')
+    with pytest.raises(UserError, match='out has a train.bin of other tokens'):
+        script.prepare(*flags)
+    assert made(out) == first
+
+
+def test_a_tokenizer_sees_no_more_than_the_first_characters(tmp_path, script, monkeypatch):
+    pytest.importorskip('tokenizers')
+    seen = []
+    train = script.train_tokenizer
+    monkeypatch.setattr(script, 'train_tokenizer', lambda texts, *args, **kwargs: train(
+        seen.extend(texts) or seen, *args, **kwargs))
+    monkeypatch.setattr(script, 'tokenizer_text', 1000)
+    write_files(tmp_path / 'in', 'jsonl')
+    script.prepare('--input=in/*.jsonl', '--out_dir=out', '--train_tokenizer=260')
+    assert ''.join(seen) == ''.join(split(DOCS)[0])[:1000]
+
+
+@pytest.mark.parametrize('content, words', [
+    ('{"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}',
+     ['no token that ends a document', '<|endoftext|>']),
+    ('{"vocab": {}}', ['cannot use', 'tokenizers']),
+    ('{', ['cannot read', 'JSONDecodeError']),
+    ('{"model": {"type": "WordLevel", "vocab": {"a": 65536}, "unk_token": "a"}}',
+     ['has 65,537 tokens', '65,536', 'uint16']),
+])
+def test_a_tokenizer_json_that_cannot_be_used_is_refused(tmp_path, script, content, words):
+    pytest.importorskip('tokenizers')
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'tokenizer.json').write_text(content)
+    write_files(tmp_path / 'in', 'jsonl')
+    with pytest.raises(UserError) as e:
+        script.prepare('--input=in/*.jsonl', '--out_dir=out')
+    assert '\n' not in str(e.value) and all(word in str(e.value) for word in words), e.value
+    assert os.listdir(tmp_path / 'out') == ['tokenizer.json']
 
 
 def test_the_tokens_are_gpt2s(tmp_path, script, monkeypatch):
@@ -405,8 +489,13 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_reason(tmp_path, script,
     (['--input=*.none', '--out_dir=out'], ['no file matches *.none']),
     (['--input=', '--out_dir=out'], ['no file matches']),
     (['--input=a.txt'], ['--input needs --out_dir']),
-    (['--input=a.txt', '--out_dir=out', '--revision=x'], ['--revision to OpenWebText']),
-    (['--text_column=x'], ['--text_column belongs to --input']),
+    (['--input=a.txt', '--out_dir=out', '--revision=x'], ['--revision are for the hub']),
+    (['--input=a.txt', '--out_dir=out', '--repo=x'], ['--input is for local files']),
+    (['--text_column=x'], ['--text_column belongs to --input or --repo']),
+    (['--name=x'], ['--name to --repo']),
+    (['--repo=x'], ['--repo needs --out_dir']),
+    (['--train_tokenizer=256'], ['--train_tokenizer is 256', 'from 257']),
+    (['--train_tokenizer=65537'], ['--train_tokenizer is 65537', 'to 65536', 'uint16']),
     (['--num_proc=0'], ['--num_proc is 0']),
     (['--num_proc=x'], ['--num_proc', "'x'"]),
     (['--nope=1'], ['--nope=1', '--help']),
@@ -427,6 +516,7 @@ def test_wrong_flags_are_refused(tmp_path, script, flags, words):
 
 @pytest.mark.parametrize('flags, words', [
     ([], ['cannot load Skylion007/openwebtext', '--revision=']),
+    (['--repo=absent/absent', '--out_dir=out'], ['cannot load absent/absent', 'another --repo']),
     (['--input=broken.jsonl', '--out_dir=out'], ['broken.jsonl', 'row 1']),
     (['--input=folder.txt', '--out_dir=out'], ['folder.txt', 'directory']),
 ], ids=str)

@@ -24,7 +24,7 @@ from nanogpt_jax.devices import attention_path, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.ops import causal_attention
 from nanogpt_jax.pretrained import GPT2_SHAPES
-from nanogpt_jax.tokenizer import load_meta
+from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
 from tools import print_table
 
 sys.excepthook = report_user_error
@@ -32,7 +32,7 @@ sys.excepthook = report_user_error
 # model
 init_from = 'scratch' # the shape below, or that of 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 dataset = 'openwebtext' # used for its vocabulary size only
-vocab_size = 0 # 0: that of data/<dataset>/meta.pkl, or else GPT-2's 50257 padded to 50304
+vocab_size = 0 # 0: that of data/<dataset>, or else GPT-2's 50257 padded to 50304
 block_size = 1024
 n_layer = 12
 n_head = 12
@@ -79,9 +79,10 @@ if init_from in GPT2_SHAPES:
 elif vocab_size:
     vocab_source = 'as given'
 else:
-    meta = os.path.join('data', dataset, 'meta.pkl')
-    vocab_size = load_meta(os.path.dirname(meta))[0]
-    vocab_source = f'of {meta}' if vocab_size else f"GPT-2's padded, since there is no {meta}"
+    data_dir = os.path.join('data', dataset)
+    vocab_size = load_vocabulary(data_dir)[0]
+    vocab_source = (f'of {find_vocabulary(data_dir)}' if vocab_size else
+                    f"GPT-2's padded, since there is no {os.path.join(data_dir, 'meta.pkl')}")
     vocab_size = vocab_size or GPTConfig.vocab_size
 GPTConfig(n_embd=n_embd, n_head=n_head, dtype=dtype)  # checks these before attention_path uses them
 gpu = SimpleNamespace(device_kind='an NVIDIA GPU', compute_capability='9.0')

@@ -1,18 +1,22 @@
 """
-Write train.bin and val.bin: OpenWebText, or documents of your own, in GPT-2's tokens. OpenWebText
-is large: read readme.md first.
+Write train.bin and val.bin: OpenWebText, another data set of the Hugging Face hub, or documents of
+your own, in GPT-2's tokens, or in those of a tokenizer.json. They are large: read readme.md first.
 $ python data/openwebtext/prepare.py --num_proc=8
 $ python data/openwebtext/prepare.py --input='text/*.jsonl' --out_dir=data/mytext
+$ python data/openwebtext/prepare.py --repo=HuggingFaceFW/fineweb-edu --name=sample-10BT \\
+    --train_tokenizer=32000 --out_dir=data/fineweb
 """
 import argparse
 import glob
 import math
 import os
 import sys
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py
-from common import gpt2_encoding, read_text, write_documents
+from common import OwnEncoding, gpt2_encoding, read_text, rows, write_documents, writing
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
+from nanogpt_jax.tokenizer import MOST_TOKENS, train_tokenizer
 
 sys.excepthook = report_user_error
 try:
@@ -23,9 +27,11 @@ if int(datasets.__version__.split('.')[0]) < 4:
     raise UserError(f'datasets {datasets.__version__} reads whole columns into memory: '
                     'pip install -U datasets')
 
-repo = 'Skylion007/openwebtext'
+openwebtext = 'Skylion007/openwebtext'
 num_documents = 8013769  # in the whole corpus
 readers = {'.jsonl': 'json', '.parquet': 'parquet', '.txt': None}
+fewest_tokens = 257  # all bytes and <|endoftext|>
+tokenizer_text = 10 ** 9  # characters that a tokenizer is trained on at most
 
 
 def parse_flags():
@@ -34,29 +40,48 @@ def parse_flags():
     add = parser.add_argument
     add('--input', help='local files instead of OpenWebText: .jsonl, .parquet or .txt (one\n'
                         'document per file); patterns like text/*.txt, several with commas')
-    add('--text_column', help='the column of --input that has the text, if it is not named text')
-    add('--out_dir', help="folder to write to: by default this script's; required with --input")
+    add('--repo', help='another data set of the hub, such as HuggingFaceFW/fineweb-edu')
+    add('--name', help="which of the --repo's configurations, such as sample-10BT")
+    add('--text_column', help='the column of --input or --repo that has the text, if it is not\n'
+                              'named text')
+    add('--out_dir', help="folder to write to: by default this script's; required with --input\n"
+                          'and --repo')
+    add('--train_tokenizer', type=int, metavar='N',
+        help='train a tokenizer with N tokens on the text, write it to tokenizer.json in\n'
+             "out_dir, and use it; one that lies there is used anyway, in place of GPT-2's")
     add('--val_share', type=float, default=0.0005,
         help="fraction of the documents for val.bin; nanoGPT's is 0.0005")
     add('--num_proc', type=int, default=8, help='threads that tokenize, processes that download')
-    add('--revision', help=f'branch or pull request of {repo} on the hub')
+    add('--revision', help='branch or pull request of the data set on the hub')
 
     def refuse(message):
         raise UserError(f'{message}; --help lists the flags')
     parser.error = refuse
     args = parser.parse_args()
+    check_flags(args, refuse)
+    return args
+
+
+def check_flags(args, refuse):
+    """Refuse flags that do not fit together, and fill in the default of out_dir."""
+    local, own = args.input is not None, args.input is not None or args.repo is not None
     if args.num_proc < 1:
         refuse(f'--num_proc is {args.num_proc}; it must be at least 1')
-    if args.input is None and args.text_column or args.input is not None and args.revision:
-        refuse('--text_column belongs to --input, --revision to OpenWebText')
-    if args.input is not None and not args.out_dir:
-        refuse('--input needs --out_dir, as in --out_dir=data/mytext, so that OpenWebText is not '
-               'overwritten')
+    if args.train_tokenizer is not None and not (
+            fewest_tokens <= args.train_tokenizer <= MOST_TOKENS):
+        refuse(f'--train_tokenizer is {args.train_tokenizer}; it must be from {fewest_tokens}, all '
+               f'bytes and <|endoftext|>, to {MOST_TOKENS}, since token ids are uint16')
+    if local and (args.repo is not None or args.revision):
+        refuse('--input is for local files, --repo and --revision are for the hub')
+    if args.text_column and not own or args.name and args.repo is None:
+        refuse('--text_column belongs to --input or --repo, --name to --repo')
+    if own and not args.out_dir:
+        refuse(f'--{"input" if local else "repo"} needs --out_dir, as in --out_dir=data/mytext, so '
+               'that OpenWebText is not overwritten')
     args.out_dir = args.out_dir or os.path.dirname(os.path.abspath(__file__))
     if os.path.exists(os.path.join(args.out_dir, 'meta.pkl')):
         refuse(f'{args.out_dir} has a meta.pkl, the vocabulary of other data: choose another '
                '--out_dir, or delete it')
-    return args
 
 
 def find_files(patterns):
@@ -97,28 +122,76 @@ def load_file(path, reader, column):
     except Exception as e:  # the library raises many types, with the reason in their cause
         reason = ' '.join(str(e.__cause__ or e).split()) or 'no documents'
         raise UserError(f'cannot read {path} ({reason})') from e
+    return select_text(docs, column, path)
+
+
+def select_text(docs, column, source):
+    """docs with the text column alone. Raises UserError if it has no text in each row."""
     if column not in docs.column_names:
-        raise UserError(f'{path} has no column {column!r}, but {docs.column_names}: '
+        raise UserError(f'{source} has no column {column!r}, but {docs.column_names}: '
                         'choose one with --text_column=')
     feature, nulls = docs.features[column], docs.data.column(column).null_count
     if feature not in (datasets.Value('string'), datasets.Value('large_string')) or nulls:
-        raise UserError(f'{path}: column {column!r} must have a text in each row; '
+        raise UserError(f'{source}: column {column!r} must have a text in each row; '
                         f'it is {feature} with {nulls:,} nulls')
     return docs.select_columns(column)
 
 
-def load_hub(revision, num_proc):
-    """(data set, str that identifies it) of the corpus on the Hugging Face hub."""
+def load_hub(repo, name, revision, column, num_proc):
+    """(data set with the text column, str that identifies it) from the Hugging Face hub."""
     try:
-        docs = datasets.load_dataset(repo, revision=revision, split='train', num_proc=num_proc)
+        docs = datasets.load_dataset(repo, name=name, revision=revision, split='train',
+                                     num_proc=num_proc)
     except Exception as e:  # hub, network, disk
+        hint = ('--revision=refs/convert/parquet or --revision=refs/pr/22' if repo == openwebtext
+                else 'another --repo, --name or --revision')
         raise UserError(f'cannot load {repo} at revision {revision or "main"} '
-                        f'({" ".join(str(e).split())}): if the network is fine, try '
-                        '--revision=refs/convert/parquet or --revision=refs/pr/22') from e
-    if len(docs) != num_documents:
+                        f'({" ".join(str(e).split())}): if the network is fine, try {hint}') from e
+    if repo == openwebtext and len(docs) != num_documents:
         print(f'warning: {len(docs):,} documents where the whole corpus has {num_documents:,}; '
               'this revision may be partial, --revision chooses another')
-    return docs, str(docs.cache_files)  # whose names contain the commit
+    # the names of its files contain the commit
+    return select_text(docs, column, repo), str(docs.cache_files)
+
+
+def find_encoding(path, n_tokens):
+    """The encoding of the tokenizer.json at path, or GPT-2's; None if one is to be trained there
+    with n_tokens. Raises UserError if that is impossible."""
+    if os.path.exists(path):
+        enc = OwnEncoding(path)
+        if n_tokens and enc.n_vocab > n_tokens:
+            raise UserError(f'{path} has {enc.n_vocab:,} tokens, not {n_tokens:,}: delete it to '
+                            'train another one, or leave --train_tokenizer out')
+        print(f'using {path}, with {enc.n_vocab:,} tokens')
+        return enc
+    if not n_tokens:
+        return gpt2_encoding()
+    optional_import('tokenizers')
+    folder = os.path.dirname(path)
+    if os.path.exists(os.path.join(folder, 'train.bin')):
+        raise UserError(f'{folder} has a train.bin of other tokens, which a tokenizer.json beside '
+                        'it would make unreadable: choose another --out_dir, or delete it')
+    return None
+
+
+def train_encoding(path, n_tokens, texts):
+    """The encoding of a new tokenizer.json with n_tokens, trained on the first of the texts."""
+    def first_texts():
+        left = tokenizer_text
+        for start in range(0, len(texts), rows):
+            for text in texts[start:start + rows]:
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    return
+    t0 = time.monotonic()
+    text = train_tokenizer(first_texts(), n_tokens, show_progress=sys.stderr.isatty())
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with writing(path) as tmp, open(tmp, 'w', encoding='utf-8') as f:
+        f.write(text)
+    enc = OwnEncoding(path)
+    print(f'{path} has {enc.n_vocab:,} tokens, trained in {time.monotonic() - t0:.0f} s')
+    return enc
 
 
 def main():
@@ -129,11 +202,13 @@ def main():
     # the errors raised here have the reason in one line
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     files = None if args.input is None else find_files(args.input)
-    enc = gpt2_encoding()  # may fail, so before the long download
+    tokenizer = os.path.join(args.out_dir, 'tokenizer.json')
+    enc = find_encoding(tokenizer, args.train_tokenizer)  # may fail, so before the long download
     if files:
         docs, source = load_files(*files, column)
     else:
-        docs, source = load_hub(args.revision, args.num_proc)
+        repo = args.repo if args.repo is not None else openwebtext
+        docs, source = load_hub(repo, args.name, args.revision, column, args.num_proc)
     if not 0 < args.val_share < 1 or math.ceil(args.val_share * len(docs)) >= len(docs):
         raise UserError(f'--val_share={args.val_share} of {len(docs):,} documents leaves a split '
                         'without any; to split a single text, see data/shakespeare/prepare.py')
@@ -141,6 +216,7 @@ def main():
     parts = docs.train_test_split(test_size=args.val_share, seed=2357, shuffle=True)
     splits = {'val': parts['test'][column], 'train': parts['train'][column]}
     source = f'{source} {column} {args.val_share}'
+    enc = enc or train_encoding(tokenizer, args.train_tokenizer, splits['train'])
     write_documents(args.out_dir, splits, enc, source, args.num_proc)
 
 

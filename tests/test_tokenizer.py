@@ -1,0 +1,212 @@
+"""A tokenizer.json of one's own: what a run, its checkpoint, sampling and conversion make of it."""
+
+import json
+
+import numpy as np
+import pytest
+from corpus import DOCS
+from helpers import TINY, one_line_error, run_inside, saved, train, with_data
+
+from nanogpt_jax import tokenizer
+from nanogpt_jax.errors import UserError
+from nanogpt_jax.sampling import Continuation
+
+tokenizers = pytest.importorskip('tokenizers')
+
+
+def word_level(*words, size=None):
+    """The text of a tokenizer.json whose tokens are words."""
+    vocab = {word: i for i, word in enumerate(words)} | ({'z': size - 1} if size else {})
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=words[0]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return made.to_str()
+
+
+def write_tokens(data, text):
+    """Make a data set of DOCS with a tokenizer.json."""
+    data.mkdir(parents=True, exist_ok=True)
+    (data / 'tokenizer.json').write_text(text, encoding='utf-8')
+    ids = tokenizers.Tokenizer.from_str(text).encode(''.join(DOCS)).ids
+    for split, part in (('train', ids[100:]), ('val', ids[:100])):
+        np.array(part, np.uint16).tofile(data / f'{split}.bin')
+
+
+@pytest.fixture(scope='module')
+def own():
+    """The text of a tokenizer.json with 280 tokens."""
+    return tokenizer.train_tokenizer(DOCS, 280)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, own):
+    """A working directory with data/own, data/tiny, and a run on the former in out_jax."""
+    folder = with_data(tmp_path_factory.mktemp('own'))
+    write_tokens(folder / 'data' / 'own', own)
+    out = train(folder, '--dataset=own', '--max_iters=4')
+    assert 'found vocab_size = 280 (inside data/own/tokenizer.json)' in out
+    return folder
+
+
+def sample(folder, *args):
+    return run_inside(folder, 'sample_jax.py', '--device=cpu', '--max_new_tokens=20', *args)
+
+
+def test_a_run_takes_its_vocabulary_from_tokenizer_json_and_its_checkpoint_keeps_it(trained, own):
+    _, meta = saved(trained, 'out_jax', 5)
+    assert meta['model_args']['vocab_size'] == 280
+    assert json.loads(meta['chars']) == json.loads(own)
+    (trained / 'data' / 'own' / 'tokenizer.json').rename(trained / 'away.json')
+    try:
+        # without it too: the tokens are those of the checkpoint
+        # any text can be encoded
+        flags = ['--start=the words \u00fc\U0001f40d', '--num_samples=2']
+        result, streamed = sample(trained, *flags), sample(trained, *flags, '--stream=True')
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == streamed.stdout
+        texts = result.stdout.split('\n---------------\n')
+        assert [text[:12] for text in texts] == ['the words \u00fc\U0001f40d'] * 2 + ['']
+        train(trained, '--init_from=resume', '--dataset=own', '--max_iters=5')
+        assert saved(trained, 'out_jax', 6)[1]['chars'] == meta['chars']
+    finally:
+        (trained / 'away.json').rename(trained / 'data' / 'own' / 'tokenizer.json')
+    # white space does not make it another one
+    path = trained / 'data' / 'own' / 'tokenizer.json'
+    path.write_text(json.dumps(json.loads(own), indent=4), encoding='utf-8')
+    train(trained, '--init_from=resume', '--dataset=own', '--max_iters=6')
+
+
+@pytest.mark.parametrize('text, words', [
+    (word_level('<|endoftext|>', 'the'), ['other characters or tokens', 'data/other']),
+    (word_level('a', size=65537), ['data/other/tokenizer.json', '65,537 tokens', 'uint16']),
+    ('{"model": 1}', ['cannot use data/other/tokenizer.json']),
+    ('no JSON', ['cannot read data/other/tokenizer.json']),
+])
+def test_another_tokenizer_is_refused_in_one_line(trained, text, words):
+    write_tokens(trained / 'data' / 'other', word_level('a'))
+    (trained / 'data' / 'other' / 'tokenizer.json').write_text(text)
+    result = run_inside(trained, 'train_jax.py', *TINY, '--init_from=resume', '--dataset=other',
+                        '--max_iters=9')
+    one_line_error(result, *words)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_in_one_line(folder, own):
+    train(folder, '--max_iters=2', '--eval_iters=1')
+    meta = folder / 'data' / 'tiny' / 'meta.pkl'
+    meta.unlink()
+    (folder / 'data' / 'tiny' / 'tokenizer.json').write_text(own)
+    one_line_error(run_inside(folder, 'train_jax.py', *TINY, '--init_from=resume', '--max_iters=9'),
+                   'was trained on other characters or tokens')
+    write_hf_folder(folder / 'hf') # 65 tokens, of no known text
+    one_line_error(run_inside(folder, 'train_jax.py', *TINY, '--init_from=hf', '--out_dir=b'),
+                   'data/tiny/tokenizer.json has 280 tokens', 'the model only 65')
+
+
+def write_hf_folder(path):
+    from flax import nnx
+    from test_weights import write_hf
+
+    from jax_transformer import GPT, GPTConfig, export_torch_weights
+    config = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
+    write_hf(path, export_torch_weights(GPT(config, rngs=nnx.Rngs(0))))
+
+
+def test_sampling_with_more_tokens_than_the_model_is_refused_in_one_line(trained, monkeypatch):
+    load = tokenizer.get_tokenizer
+    monkeypatch.setattr(tokenizer, 'get_tokenizer', lambda v: (*load(v)[:2], 281))
+    one_line_error(sample(trained), 'the tokenizer has 281 tokens, the model only 280')
+
+
+def test_two_vocabularies_of_one_data_set_are_refused(folder, own):
+    (folder / 'data' / 'tiny' / 'tokenizer.json').write_text(own)
+    one_line_error(run_inside(folder, 'train_jax.py', *TINY),
+                   'data/tiny has a tokenizer.json and a meta.pkl', alone=True)
+
+
+def test_without_the_package_one_line_says_how_to_install_it(trained, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
+    for script, *args in (['train_jax.py', *TINY, '--dataset=own', '--out_dir=b'],
+                          ['sample_jax.py', '--device=cpu']):
+        one_line_error(run_inside(trained, script, *args), 'pip install tokenizers')
+
+
+def test_a_model_for_transformers_has_the_tokenizer_and_its_end(trained, own):
+    run_inside(trained, 'convert_jax.py', '--src=out_jax', '--dst=hf', '--format=hf')
+    assert json.loads((trained / 'hf' / 'tokenizer.json').read_text('utf-8')) == json.loads(own)
+    config = json.loads((trained / 'hf' / 'config.json').read_text())
+    assert config['eos_token_id'] == 0 == tokenizers.Tokenizer.from_str(own).token_to_id(
+        '<|endoftext|>')
+
+
+def test_the_size_of_a_model_counts_its_own_tokens(trained):
+    result = run_inside(trained, 'tools.sizing', '--dataset=own')
+    assert 'vocabulary 280 (of data/own/tokenizer.json)' in result.stdout, result.stderr
+
+
+# -----------------------------------------------------------------------------
+# text and ids
+
+def byte_fallback():
+    """A tokenizer.json like Llama's: spaces are part of words, unknown characters are bytes."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token='<unk>'))
+    d, n = tokenizers.decoders, tokenizers.normalizers
+    made.normalizer = n.Sequence([n.Prepend('\u2581'), n.Replace(' ', '\u2581')])
+    made.decoder = d.Sequence([d.Replace('\u2581', ' '), d.ByteFallback(), d.Fuse(),
+                               d.Strip(' ', 1, 0)])
+    names = ['<unk>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
+    made.train_from_iterator(DOCS, tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=names, max_token_length=8, show_progress=False))
+    return made.to_str()
+
+
+@pytest.mark.parametrize('kind', ['own', 'byte_fallback'])
+def test_text_comes_in_parts_as_it_was_encoded(own, kind):
+    encode, make_decode, n = tokenizer.get_tokenizer(own if kind == 'own' else byte_fallback())
+    for text in DOCS[:9]:
+        decode, ids = make_decode([]), encode(text)
+        assert max(ids, default=0) < n
+        parts = [decode([token]).decode() for token in ids] # never half a character
+        assert ''.join(parts) == text
+    # the space before a word belongs to the continuation
+    ids = encode('the words in it')
+    for n in range(1, len(ids)):
+        assert make_decode([])(ids[:n]) + make_decode(ids[:n])(ids[n:]) == b'the words in it'
+
+
+@pytest.mark.parametrize('kind', ['own', 'byte_fallback'])
+def test_any_ids_of_an_untrained_model_become_text(own, kind):
+    text = own if kind == 'own' else byte_fallback()
+    encode, make_decode, n = tokenizer.get_tokenizer(text)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        sample = Continuation(make_decode(encode('the')))
+        sample.add(rng.integers(n, size=50).tolist())
+        assert len(sample.text + sample.close()) > 10
+
+
+def test_end_of_text_is_a_token_in_a_prompt(own):
+    encode, make_decode, _ = tokenizer.get_tokenizer(own)
+    assert encode('<|endoftext|>') == [0]
+    assert make_decode([0])([0]) == b'<|endoftext|>'
+
+
+def test_a_tokenizer_json_does_not_pad_cut_or_add_tokens(own):
+    made = tokenizers.Tokenizer.from_str(own)
+    ids = made.encode('the words').ids
+    made.enable_padding(length=64)
+    made.enable_truncation(1)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single='<|endoftext|> $A', special_tokens=[('<|endoftext|>', 0)])
+    assert tokenizer.get_tokenizer(made.to_str())[0]('the words') == ids
+
+
+def test_a_trained_tokenizer_has_every_byte_and_at_most_the_tokens_asked_for(own):
+    for n in (257, 270):
+        text = tokenizer.train_tokenizer(DOCS, n)
+        assert tokenizer.make_tokenizer(text, 'it')[1] == n
+        assert text == tokenizer.train_tokenizer(DOCS, n) # the same each time
+    encode, make_decode, _ = tokenizer.get_tokenizer(own)
+    every = ''.join(map(chr, [*range(256), 0x20ac, 0x1f600]))
+    assert make_decode([])(encode(every)).decode() == every
+    with pytest.raises(UserError, match='must have 1 to 65,536'):
+        tokenizer.make_tokenizer(word_level('a', size=2 ** 16 + 1), 'it')
+    assert tokenizer.make_tokenizer(word_level('a', size=2 ** 16), 'it')[1] == 2 ** 16
