@@ -11,7 +11,7 @@ import sys
 import time
 from datetime import timedelta
 
-from nanogpt_jax.errors import UserError, optional_import
+from nanogpt_jax.errors import UserError, optional_import, report_user_error
 
 METRICS = 'metrics.jsonl'
 BAR_DELAY = 3  # seconds before a progress bar appears
@@ -207,11 +207,10 @@ def wandb_explained():
         wandb = optional_import('wandb')
     except UserError as e:
         raise UserError(f'{e}, or give --wandb_log=False') from e
-    hook = sys.excepthook
     try:
         yield wandb
     except wandb.errors.Error as e:
-        sys.excepthook = hook  # wandb's own prints a traceback
+        sys.excepthook = report_user_error  # wandb's own prints a traceback
         raise UserError(f'Weights & Biases cannot be used ({e}): run `wandb login`, or set '
                         'WANDB_MODE=offline to keep the log here, or give --wandb_log=False'
                         ) from e
@@ -231,6 +230,11 @@ def start_wandb(project, name, config, run_id):
     """(the package wandb, the run's id). run_id: of the run to continue, or None."""
     with wandb_explained() as wandb:
         run = wandb.init(project=project, name=name, config=config, id=run_id, resume='allow')
+
+        def fail(*error):  # wandb's own hook prints a traceback, of a user's mistake too
+            wandb.finish(exit_code=1)
+            report_user_error(*error)
+        sys.excepthook = fail
         return wandb, run.id
 
 

@@ -220,14 +220,17 @@ def test_the_config_files_set_nothing_unknown(folder, name):
     one_line_error(result, 'data/absent/train.bin does not exist')
 
 
-def test_wandb_logs_offline_and_a_resumed_run_keeps_its_id(folder):
+def test_wandb_logs_offline_a_resumed_run_keeps_its_id_and_an_error_is_one_line(folder):
     pytest.importorskip('wandb', reason='wandb is not installed')
     env = dict(WANDB_MODE='offline', WANDB_SILENT='true')
     train(folder, '--max_iters=4', '--wandb_log=True', '--wandb_project=p', **env)
     train(folder, '--init_from=resume', '--max_iters=6', '--wandb_log=False', **env)
     train(folder, '--init_from=resume', '--max_iters=8', '--wandb_log=True', **env)
+    diverging = ['--learning_rate=1e38', '--min_lr=1e38', '--max_iters=50']
+    result = run(folder, 'train_jax.py', '--init_from=resume', '--device=cpu', *diverging, **env)
+    one_line_error(result, 'not a finite number', alone=True)
     runs = [name for name in os.listdir(folder / 'wandb') if name.startswith('offline-run-')]
-    assert len(runs) == 2 and len({name.split('-')[-1] for name in runs}) == 1
+    assert len(runs) == 3 and len({name.split('-')[-1] for name in runs}) == 1
 
 
 def test_wandb_without_a_key_is_one_line_with_the_ways_out(folder, monkeypatch):
