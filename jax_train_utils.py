@@ -353,9 +353,10 @@ def make_train_step(graphdef, tx, seed, mesh=None, scale_loss=False):
         grads = jax.tree.map(lambda g: g / scale, grads)
         metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
 
-        updates, opt_state = tx.update(grads, state['opt_state'], params)
-        new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state,
-               'loss_scale': state['loss_scale']}
+        with jax.named_scope('optimizer'):
+            updates, opt_state = tx.update(grads, state['opt_state'], params)
+            new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state,
+                   'loss_scale': state['loss_scale']}
         if scale_loss:
             finite = jnp.isfinite(metrics['grad_norm'])
             metrics['loss_scale'] = scale

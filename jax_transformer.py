@@ -252,8 +252,9 @@ class GPT(nnx.Module):
         x = self.hidden(idx, rngs, run_blocks)
         if targets is None:
             return self.head(x[:, -1:]), None
-        logits = self.head(x)
-        return logits, cross_entropy(logits, targets)
+        with jax.named_scope('head'):
+            logits = self.head(x)
+            return logits, cross_entropy(logits, targets)
 
     def crop_block_size(self, block_size):
         """Shorten the context to block_size. Raises UserError if the model's is shorter."""

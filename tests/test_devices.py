@@ -370,18 +370,18 @@ def test_a_script_warns_of_an_excluded_version_in_one_line(folder, monkeypatch, 
 
 
 # -----------------------------------------------------------------------------
-# tools.plan
+# tools.scaling
 
 # a third of GPT-2's blocks, which compile in a third of the time
 FOUR_LAYERS = '''
 import runpy
 from nanogpt_jax.pretrained import GPT2_SHAPES
 GPT2_SHAPES['gpt2'] = (4, 12, 768)
-runpy.run_module('tools.plan', run_name='__main__', alter_sys=True)
+runpy.run_module('tools.scaling', run_name='__main__', alter_sys=True)
 '''
 
 
-def test_the_plan_counts_what_a_step_exchanges(folder):
+def test_scaling_counts_what_a_step_exchanges(folder):
     flags = ['--model=gpt2', '--n_devices=4,8', '--fsdp=4', '--batch_size=1',
              '--gradient_accumulation_steps=3', '--block_size=64', '--dtype=float32']
     result = finish(start(folder, '-c', FOUR_LAYERS, *flags, PYTHONPATH=ROOT))
@@ -404,11 +404,11 @@ def test_the_plan_counts_what_a_step_exchanges(folder):
     assert float(table[1][7]) == pytest.approx(params / 4 / 1e9, abs=0.01)
 
 
-def test_the_plan_refuses_devices_and_models_that_it_cannot_plan(folder):
-    one_line_error(run_inside(folder, 'tools.plan', '--n_devices=6', '--fsdp=4'), 'fsdp=4', '6')
-    one_line_error(run_inside(folder, 'tools.plan', '--model=gpt3'), "'gpt3'", 'gpt2-xl')
+def test_scaling_refuses_devices_and_models_that_it_cannot_plan(folder):
+    one_line_error(run_inside(folder, 'tools.scaling', '--n_devices=6', '--fsdp=4'), 'fsdp=4', '6')
+    one_line_error(run_inside(folder, 'tools.scaling', '--model=gpt3'), "'gpt3'", 'gpt2-xl')
     for n in ('10000', '9' * 5000):
-        one_line_error(run_inside(folder, 'tools.plan', f'--n_devices={n}'), 'from 1 to 9999')
+        one_line_error(run_inside(folder, 'tools.scaling', f'--n_devices={n}'), 'from 1 to 9999')
 
 
 # -----------------------------------------------------------------------------

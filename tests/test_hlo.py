@@ -1,6 +1,8 @@
 """What tools/hlo.py finds in a compiled program: collective operations, cycles on a TPU."""
 
-from tools.hlo import collectives, estimated_cycles
+from tools.hlo import (
+    collectives, custom_calls, cycles_by_part, estimated_cycles, matmul_types, stored_shapes,
+)
 
 PROGRAM = """
 HloModule step
@@ -68,3 +70,89 @@ def test_cycles_on_a_tpu_are_counted_by_name_and_as_often_as_they_run():
     counted = TPU_PROGRAM.replace('body=%loop_body', 'body=%loop_body, backend_config='
                                   '{"known_trip_count":{"n":"5"}}')
     assert estimated_cycles(counted)[''] == 5 * 7
+
+
+# shortened from a step for eight v5e: a gather that runs beside two fusions and has a line in each,
+# a reduce-scatter fused from an all-reduce and a slice, a permute with its counters
+TPU_COLLECTIVES = """
+HloModule jit_train_step, is_scheduled=true
+%start (p: bf16[32,256]) -> bf16[256,256] {
+  %all-gather.1 = bf16[256,256]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, \
+replica_groups=mesh['data'=1,'fsdp'=8] {'fsdp'}, frontend_attributes={chain_id="0"}
+}
+%beside (p: bf16[32,256]) -> bf16[256,256] {
+  %all-gather.2 = bf16[256,256]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=1, \
+replica_groups=mesh['data'=1,'fsdp'=8] {'fsdp'}, frontend_attributes={chain_id="0"}
+}
+%other (p: bf16[32,256]) -> bf16[256,256] {
+  %all-gather.3 = bf16[256,256]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=1, \
+replica_groups=mesh['data'=1,'fsdp'=8] {'fsdp'}, frontend_attributes={chain_id="1"}
+}
+%all-reduce-scatter (input: f32[64,16]) -> f32[8,16] {
+  %all-reduce.18 = f32[64,16]{1,0:T(8,128)} all-reduce(%pad.1), channel_id=23, \
+replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add, backend_config={"flag_configs":[]}
+  ROOT %dynamic-slice.1 = f32[8,16]{1,0:T(8,128)S(1)} dynamic-slice(%all-reduce.18, %m, %zero)
+}
+ENTRY %main.9 (p: f32[8]) -> f32[8] {
+  %s = bf16[256,256]{1,0} fusion(%p), kind=kCustom, calls=%start
+  %b = bf16[256,256]{1,0} fusion(%p), kind=kOutput, calls=%beside
+  %o = bf16[256,256]{1,0} fusion(%p), kind=kOutput, calls=%other
+  %fusion = f32[8,16]{1,0:T(8,128)S(1)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter
+  %c = (f32[4,8]{1,0:T(8,128)S(1)}, f32[4,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%slice.123), channel_id=1, source_target_pairs={{0,1},{1,2}}
+  %all-reduce.20 = f32[64,16]{1,0:T(8,128)} all-reduce(%p), replica_groups={}, to_apply=%add
+  ROOT %sliced = f32[8,16]{1,0} dynamic-slice(%all-reduce.20, %m, %zero)
+}
+"""
+
+
+def test_a_tpus_collectives_are_counted_once_and_by_what_they_send():
+    assert collectives(TPU_COLLECTIVES, 8) == [
+        ('all-gather', 2 * 256 * 256, 8, 1, False), ('all-gather', 2 * 256 * 256, 8, 1, False),
+        ('reduce-scatter', 4 * 64 * 16, 8, 1, False), ('collective-permute', 4 * 32, 8, 1, False),
+        ('all-reduce', 4 * 64 * 16, 8, 1, False)]  # not fused with its slice
+
+
+def test_cycles_are_added_up_by_part_of_the_model():
+    program = """
+ENTRY %main.9 (p: f32[8]) -> f32[8] {
+"""
+    for name, cycles in (('jvp(attn)/dot_general', 5), ('transpose(jvp(attn))/mul', 6),
+                         ('checkpoint/mlp/mul', 4), ('jvp(head)/dot', 3), ('optimizer/add', 2),
+                         ('jvp()/gather', 1), ('attn/copy', 2 ** 64 - 1)):
+        program += (f'  %a.{cycles} = f32[8]{{0}} add(%p, %p), metadata={{op_name="jit(step)/'
+                    f'{name}"}}, backend_config={{"estimated_cycles":"{cycles}"}}\n')
+    program += '  %c = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"9"}\n}\n'
+    assert list(cycles_by_part(program).items()) == [
+        ('attn', 11), ('without a name', 9), ('mlp', 4), ('head', 3), ('optimizer', 2),
+        ('other', 1)]
+
+
+# shortened from a step for a GPU
+GPU_PROGRAM = """
+%fused (a: bf16[8,4], b: f32[4,2]) -> bf16[8,2] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = f32[4,2]{1,0} parameter(1)
+  %c = bf16[4,2]{1,0} convert(%b)
+  %hidden = f32[8,2]{1,0} convert(%d)
+  ROOT %d = bf16[8,2]{1,0} dot(%a, %c), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%body (p: f32[4,2]) -> f32[4,2] {
+  %x = f32[4,4]{1,0} copy(%p)
+  %y = (f16[4,2]{1,0}, s8[64]{0}) custom-call(%x, %p), custom_call_target="__cublas$lt$matmul"
+  %z = (bf16[4,2]{1,0}, s8[0]{0}) custom-call(%x, %p), custom_call_target="__cudnn$fmhaSoftmax"
+}
+ENTRY %main.9 (p: f32[4,2]) -> f32[4,2] {
+  %p = f32[4,2]{1,0} parameter(0)
+  %f = bf16[8,2]{1,0} fusion(%q, %p), kind=kCustom, calls=%fused
+  %w = f32[4,2]{1,0} while(%p), condition=%c, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_matmuls_kernels_and_stored_shapes_are_found():
+    assert matmul_types(GPU_PROGRAM) == {('bf16', 'bf16'): 1, ('f32', 'f32'): 1}
+    assert custom_calls(GPU_PROGRAM, '__cudnn$fmha') == 3
+    assert stored_shapes(GPU_PROGRAM) == ['f32[4,4]', 'f16[4,2]', 's8[64]', 'bf16[4,2]', 's8[0]',
+                                          'f32[4,2]', 'bf16[8,2]', 'f32[4,2]']

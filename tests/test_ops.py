@@ -18,6 +18,7 @@ from nanogpt_jax.ops import (
 )
 from nanogpt_jax.sharding import shard_batch
 from test_jax_transformer import one_device_mesh, scan, tiny, tokens
+from tools.hlo import stored_shapes
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,19 @@ def test_the_matmuls_around_splash_attention_are_those_of_other_attention(monkey
     assert results[0][1] > 1  # the loss
     for a, b in zip(*map(jax.tree.leaves, results)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # float32 sums in another order
+
+
+def test_all_matmuls_of_attention_by_xla_are_in_the_compute_type():
+    x = jax.ShapeDtypeStruct((2, 64, 2, 8), jnp.bfloat16)
+
+    def both_passes(*qkv):
+        y, pull = jax.vjp(causal_attention, *qkv)
+        return y, pull(y)
+    text = jax.jit(both_passes).lower(x, x, x).as_text()
+    matmuls = [line for line in text.splitlines() if 'dot_general' in line]
+    operands = [re.findall(r'x([a-z]+\d+)>', line.split(' : ')[-1])[:2] for line in matmuls]
+    # in each of two parts two forward and four backward
+    assert operands == [['bf16', 'bf16']] * 2 * (2 + 4), matmuls
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
@@ -163,19 +177,6 @@ def test_fused_attention_equals_causal_attention():
     assert_close(fused, plain, 0.02)
     for a, b in zip(pull(g), plain_pull(g)):
         assert_close(a, b, 0.1)
-
-
-def stored_shapes(hlo):
-    """The shapes that a compiled program stores: all results except inside fused computations."""
-    inside = set(re.findall(r'(?:calls|to_apply)=%([\w.-]+)', hlo))
-    computation, shapes = None, []
-    for line in hlo.splitlines():
-        if head := re.match(r'(?:ENTRY )?%([\w.-]+) \(.*\{$', line):
-            computation = head[1]
-        elif computation not in inside and (
-                result := re.match(r'\s+(?:ROOT )?%[\w.-]+ = (\(.*?\)|\S+) [\w-]+\(', line)):
-            shapes += re.findall(r'\w+\[[\d,]*\]', result[1])
-    return shapes
 
 
 @needs_gpu

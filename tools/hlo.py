@@ -1,11 +1,14 @@
-"""Count what a compiled program moves between devices, and its cycles on a TPU, from its HLO."""
+"""
+What a compiled program does, from the text of its HLO: what it moves between devices, stores and
+multiplies, and its cycles on a TPU.
+"""
 
 import math
 import re
 
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4,
          's64': 8, 'u64': 8, 'f64': 8}
-COLLECTIVE = re.compile(r'\s+(?:ROOT )?%?[\w.-]+ = (.*?) (all-reduce|all-gather|reduce-scatter|'
+COLLECTIVE = re.compile(r'\s+(?:ROOT )?(%?[\w.-]+) = (.*?) (all-reduce|all-gather|reduce-scatter|'
                         r'all-to-all|collective-permute|collective-broadcast)(-start)?\(')
 
 
@@ -15,12 +18,25 @@ def collectives(hlo, n_devices):
     hlo: the text of a program compiled for n_devices. bytes: size of the full array; devices: size
     of the group that exchanges it; count: how often it runs (a loop of unknown length counts once).
     """
-    found = []
-    for line, count, in_loop, _ in instructions(hlo):
-        if op := COLLECTIVE.match(line):
-            devices = group_size(line, n_devices)
-            found.append((op[2], array_bytes(op, devices), devices, count, in_loop))
+    found, chains = [], set()
+    for line, count, in_loop, fused in instructions(hlo):
+        if not (op := COLLECTIVE.match(line)):
+            continue
+        # a TPU runs an operation beside several others, with a line in the fusion of each
+        if chain := re.search(r'chain_id="(\d+)"', line):
+            if (op[3], chain[1]) in chains:
+                continue
+            chains.add((op[3], chain[1]))
+        devices = group_size(line, n_devices)
+        found.append((kind(op, hlo, fused), array_bytes(op, devices), devices, count, in_loop))
     return found
+
+
+def kind(op, hlo, fused):
+    """The operation of a match of COLLECTIVE: a TPU fuses a reduce-scatter from an all-reduce and
+    the slice of it that the device keeps, of which it sends no more."""
+    is_part = fused and re.search(rf' dynamic-slice\({re.escape(op[1])}, ', hlo)
+    return 'reduce-scatter' if op[3] == 'all-reduce' and is_part else op[3]
 
 
 def estimated_cycles(hlo):
@@ -32,12 +48,52 @@ def estimated_cycles(hlo):
     """
     cycles = {}
     for line, count, _, fused in instructions(hlo):
-        # a fusion is estimated as a whole
-        if not fused and (estimate := re.search(r'"estimated_cycles":"(\d+)"', line)):
+        # a fusion is estimated as a whole; a number of 64 bits stands for none
+        if not fused and (estimate := re.search(r'"estimated_cycles":"(\d{1,17})"', line)):
             name = re.search(r'op_name="([^"]*)"', line)
             name = name[1] if name else ''
             cycles[name] = cycles.get(name, 0) + count * int(estimate[1])
     return cycles
+
+
+def cycles_by_part(hlo):
+    """{part: estimated cycles}, largest first; the parts are those of the model that have a named
+    scope, the optimizer, and what is left over."""
+    parts = {}
+    for name, cycles in estimated_cycles(hlo).items():
+        scope = re.search(r'\b(attn|mlp|head|optimizer)\b', name)
+        part = scope[1] if scope else 'other' if name else 'without a name'
+        parts[part] = parts.get(part, 0) + cycles
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def custom_calls(hlo, target):
+    """How often a program calls a kernel that is not XLA's; target: how its name begins."""
+    return sum(count for line, count, _, _ in instructions(hlo)
+               if f'custom_call_target="{target}' in line)
+
+
+def matmul_types(hlo):
+    """{(type of the left operand, of the right one): number of matmuls} of a program."""
+    types = dict(re.findall(r'^\s+(?:ROOT )?(%[\w.-]+) = \(?([a-z]+\d*)\[', hlo, re.M))
+    matmul = re.compile(r' (?:dot|convolution|custom-call)\((%[\w.-]+), (%[\w.-]+)')
+    found = {}
+    for line in hlo.splitlines():
+        operands = matmul.search(line)
+        if operands and (' custom-call(' not in line or '__cublas' in line):
+            pair = types.get(operands[1]), types.get(operands[2])
+            found[pair] = found.get(pair, 0) + 1
+    return found
+
+
+def stored_shapes(hlo):
+    """The shapes, such as bf16[12,1024,768], that a program stores: all results except inside fused
+    computations."""
+    fused = set(re.findall(r'(?:calls|to_apply)=%([\w.-]+)', hlo))
+    results = re.compile(r'\s+(?:ROOT )?%[\w.-]+ = (\(.*?\)|\S+) [\w-]+\(')
+    return [shape for name, lines in split_computations(hlo).items() if name not in fused
+            for line in lines if (result := results.match(line))
+            for shape in re.findall(r'\w+\[[\d,]*\]', result[1])]
 
 
 def instructions(hlo):
@@ -97,8 +153,11 @@ def group_size(line, n_devices):
 
 def array_bytes(op, devices):
     """Size of the full array of a collective operation; op: a match of COLLECTIVE."""
-    n_bytes = sum(BYTES[kind] * math.prod(int(n) for n in shape.split(',') if n)
-                  for kind, shape in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', op[1]))
-    if op[3] and op[2] in ('all-gather', 'reduce-scatter'):  # its type has both shard and array
+    n_bytes = sum(BYTES[dtype] * math.prod(int(n) for n in shape.split(',') if n)
+                  for dtype, shape in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', op[2])
+                  if op[3] != 'collective-permute' or shape)  # its type has counters, too
+    if op[4] and op[3] in ('all-gather', 'reduce-scatter'):  # its type has both shard and array
         return n_bytes * devices // (devices + 1)
-    return n_bytes * devices if op[2] == 'reduce-scatter' else n_bytes
+    if op[4] and op[3] == 'collective-permute':  # its type has what is sent and what is received
+        return n_bytes // 2
+    return n_bytes * devices if op[3] == 'reduce-scatter' else n_bytes

@@ -1,0 +1,199 @@
+"""
+Devices to compile for that are not there: TPUs by libtpu, NVIDIA GPUs by JAX's CUDA plugin, from a
+description of the device. Both count memory; libtpu also estimates clock cycles.
+"""
+
+import importlib.util
+import math
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_train_utils import (
+    abstract_train_state, create_optimizer, make_train_step, split_model,
+)
+from nanogpt_jax.errors import UserError
+from nanogpt_jax.sharding import batch_sharding
+
+# -----------------------------------------------------------------------------
+# what is known of them
+
+
+class TPU(NamedTuple):
+    host: str  # the smallest topology that has a chip
+    memory: float  # GiB of a device that a program can use, as libtpu says when one does not fit
+    clock: float  # GHz: PEAK_FLOPS divided by the FLOPs of a cycle, 2^17 or a multiple of it
+
+
+TPUS = {
+    'v5e': TPU('1x1', 15.75, 1.5), 'v5p': TPU('2x2x1', 95.73, 1.75),
+    'v6e': TPU('1x1', 31.24, 1.75), 'tpu7x': TPU('2x2x1', 94.74, 2.2),
+}
+
+
+class GPU(NamedTuple):
+    kind: str  # JAX's device_kind
+    capability: str  # CUDA compute capability
+    memory: float  # GiB, as CUDA reports it
+    n_sm: int  # streaming multiprocessors
+    clock: float  # GHz
+    bandwidth: int  # of its memory, GB/s
+    l2: int  # cache, MiB
+
+
+# from NVIDIA's data sheets and white papers
+GPUS = {
+    'v100': GPU('Tesla V100-SXM2-16GB', '7.0', 15.77, 80, 1.53, 900, 6),
+    't4': GPU('Tesla T4', '7.5', 14.74, 40, 1.59, 320, 4),
+    'a100': GPU('NVIDIA A100-SXM4-40GB', '8.0', 39.42, 108, 1.41, 1555, 40),
+    'a100-80gb': GPU('NVIDIA A100-SXM4-80GB', '8.0', 79.25, 108, 1.41, 2039, 40),
+    'rtx3090': GPU('NVIDIA GeForce RTX 3090', '8.6', 23.69, 82, 1.70, 936, 6),
+    'a10g': GPU('NVIDIA A10G', '8.6', 22.19, 80, 1.71, 600, 6),
+    'a6000': GPU('NVIDIA RTX A6000', '8.6', 47.54, 84, 1.80, 768, 6),
+    'l4': GPU('NVIDIA L4', '8.9', 22.05, 58, 2.04, 300, 48),
+    'l40s': GPU('NVIDIA L40S', '8.9', 44.4, 142, 2.52, 864, 96),
+    'rtx4090': GPU('NVIDIA GeForce RTX 4090', '8.9', 23.65, 128, 2.52, 1008, 72),
+    'h100': GPU('NVIDIA H100 80GB HBM3', '9.0', 79.11, 132, 1.98, 3352, 50),
+    'h200': GPU('NVIDIA H200', '9.0', 141.0, 132, 1.98, 4800, 50),
+    'b200': GPU('NVIDIA B200', '10.0', 178.36, 148, 1.965, 7700, 126),
+    'rtx5090': GPU('NVIDIA GeForce RTX 5090', '12.0', 31.36, 170, 2.41, 1792, 96),
+}
+# (KiB of shared memory a multiprocessor and a block can have, threads and FP32 units of a
+# multiprocessor) by compute capability, from the CUDA programming guide's table of them
+MULTIPROCESSORS = {
+    '7.0': (96, 96, 2048, 64), '7.5': (64, 64, 1024, 64), '8.0': (164, 163, 2048, 64),
+    '8.6': (100, 99, 1536, 128), '8.9': (100, 99, 1536, 128), '9.0': (228, 227, 2048, 128),
+    '10.0': (228, 227, 2048, 128), '12.0': (100, 99, 1536, 128),
+}
+
+
+def gpu_description(gpu):
+    """A GPU as the text of XLA's GpuTargetConfigProto."""
+    shared, of_block, threads, fpus = MULTIPROCESSORS[gpu.capability]
+    major, minor = gpu.capability.split('.')
+    # from Hopper on, the instructions of this very generation, which its tensor cores need
+    feature = 'ACCELERATED_FEATURES' if int(major) in (9, 10) else 'NONE'
+    return f'''gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}
+  core_count: {gpu.n_sm} fpus_per_core: {fpus} clock_rate_ghz: {gpu.clock}
+  device_memory_size: {int(gpu.memory * 2 ** 30)} memory_bandwidth: {gpu.bandwidth * 10 ** 9}
+  l2_cache_size: {gpu.l2 * 2 ** 20} shared_memory_per_core: {shared * 2 ** 10}
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {of_block * 2 ** 10}
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{gpu.kind}"'''
+
+
+# -----------------------------------------------------------------------------
+# their compilers
+
+def target_devices(target):
+    """The devices of a target such as v5e, v5e:2x4, h100 or h100:8, to compile for.
+
+    A TPU without a topology is one chip. Raises UserError for an unknown target, and if its
+    compiler is not installed.
+    """
+    name, _, size = target.lower().partition(':')
+    if name in TPUS:
+        need('libtpu', 'jax[tpu]')
+        return tpu_devices(name, size)
+    if name in GPUS and (not size or size.isdecimal() and int(size) > 0):
+        need('jax_plugins', 'jax[cuda12]')
+        return gpu_devices(GPUS[name], int(size or 1))
+    raise UserError(f'target is {target!r}; it must be one of {", ".join(TPUS)}, with a topology '
+                    f'as in v5e:2x4, or of {", ".join(GPUS)}, with a number as in h100:8')
+
+
+def need(module, package):
+    """Raise UserError if a compiler is not installed."""
+    if not importlib.util.find_spec(module):
+        raise UserError('to compile for this target, install its compiler: pip install -U '
+                        f'"{package}" -r requirements_jax.txt (no such device is needed)')
+
+
+def tpu_devices(name, topology):
+    """The devices of a TPU topology; of one chip if topology is ''."""
+    # it must not look for a TPU here, nor be the only one that uses the library
+    os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+    shape = topology or TPUS[name].host
+    single = {'chips_per_host_bounds': (1, 1, 1)} if shape == '1x1' else {}
+    try:
+        devices = topologies.get_topology_desc(f'{name}:{shape}', 'tpu', **single).devices
+    except (RuntimeError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f'libtpu has no topology {name}:{shape} ({reason})') from e
+    return [d for d in devices if topology or d.coords == devices[0].coords]
+
+
+def gpu_devices(gpu, n):
+    """n GPUs, in machines of eight."""
+    hosts, of_host = (n // 8, 8) if n > 8 else (1, n)
+    return topologies.get_topology_desc(
+        '', 'cuda', target_config=gpu_description(gpu), topology=f'1x{hosts}x{of_host}').devices
+
+
+def usable_memory(target):
+    """(bytes that a program can use on a device of a target, a note on what sets it)."""
+    name = target.lower().partition(':')[0]
+    if name in TPUS:
+        return TPUS[name].memory * 2 ** 30, 'by libtpu'
+    # as the CUDA plugin reads them
+    fraction = float(os.environ.get('XLA_CLIENT_MEM_FRACTION')
+                     or os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION') or 0.75)
+    memory = GPUS[name].memory
+    return memory * fraction * 2 ** 30, f'XLA_CLIENT_MEM_FRACTION {fraction:g} of {memory:g}'
+
+
+def compile_step(gptconf, mesh, grad_accum_steps, micro_batch_size):
+    """The training step compiled for a mesh, from shapes alone, with micro_batch_size sequences on
+    each device."""
+    tx = create_optimizer(lambda it: 1e-4, weight_decay=1e-1, betas=(0.9, 0.95), grad_clip=1.0)
+    batch = jax.ShapeDtypeStruct(
+        (grad_accum_steps, micro_batch_size * mesh.size, gptconf.block_size), jnp.int32,
+        sharding=batch_sharding(mesh, 3))
+    iter_num = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    step = make_train_step(split_model(gptconf)[1], tx, 0, mesh, gptconf.dtype == 'float16')
+    lowered = step.lower(abstract_train_state(gptconf, tx, mesh), batch, batch, iter_num)
+    # autotuning would time kernels on a GPU
+    options = {'xla_gpu_autotune_level': 0} if mesh.devices.flat[0].platform == 'gpu' else None
+    return lowered.compile(options)
+
+
+def largest_fit(measure, memory, known):
+    """The largest micro-batch that needs at most `memory` bytes; 0 if none does.
+
+    measure: sequences to bytes, by compiling; inf if the compiler says that it does not fit. known:
+    {sequences: bytes} of one or more sizes.
+    """
+    known, fits, too_many, n = dict(known), 0, math.inf, min(known)
+    while fits + 1 < too_many:
+        if n not in known:
+            known[n] = measure(n)
+        if known[n] <= memory:
+            fits = n
+        else:
+            too_many = n
+        n = next_size(known, memory, fits, too_many)
+    return fits
+
+
+def next_size(known, memory, fits, too_many):
+    """The size to try next: the largest by a line through the two closest known ones, since memory
+    is about linear in it, but none that is known to fit or not to."""
+    sizes = sorted((n for n in known if math.isfinite(known[n])),
+                   key=lambda n: abs(known[n] - memory))
+    guess = 2 * fits or too_many // 2
+    if len(sizes) > 1:
+        a, b = sizes[:2]
+        slope = (known[a] - known[b]) / (a - b)
+        guess = a + math.floor((memory - known[a]) / slope)
+    return int(min(max(guess, fits + 1), too_many - 1))
