@@ -370,48 +370,6 @@ def test_a_script_warns_of_an_excluded_version_in_one_line(folder, monkeypatch, 
 
 
 # -----------------------------------------------------------------------------
-# tools.scaling
-
-# a third of GPT-2's blocks, which compile in a third of the time
-FOUR_LAYERS = '''
-import runpy
-from nanogpt_jax.pretrained import GPT2_SHAPES
-GPT2_SHAPES['gpt2'] = (4, 12, 768)
-runpy.run_module('tools.scaling', run_name='__main__', alter_sys=True)
-'''
-
-
-def test_scaling_counts_what_a_step_exchanges(folder):
-    flags = ['--model=gpt2', '--n_devices=4,8', '--fsdp=4', '--batch_size=1',
-             '--gradient_accumulation_steps=3', '--block_size=64', '--dtype=float32']
-    result = finish(start(folder, '-c', FOUR_LAYERS, *flags, PYTHONPATH=ROOT))
-    assert result.returncode == 0, result.stderr
-    table = [[cell.strip() for cell in line.split('|')[1:-1]]
-             for line in result.stdout.splitlines() if line.startswith('| gpt2 ')]
-    # bytes of the weights: embeddings of the vocabulary and 64 positions, 4 blocks, the last norm
-    params = 4 * ((50304 + 64) * 768 + 4 * (12 * 768 ** 2 + 2 * 768) + 768)
-    blocks = 4 * 4 * 12 * 768 ** 2  # of their matrices
-    for cells, n in zip(table, (4, 8), strict=True):
-        assert cells[1] == str(n) and cells[2] == f'{3 * 64 * n:,}'
-        # weights and two moments, a quarter of each
-        assert float(cells[3]) == pytest.approx(3 * params / 4 / 2**30, abs=0.01)
-        # in each of three micro-steps gathered once, the blocks twice, and scattered once; three
-        # quarters go to other devices
-        sent = 3 * (2 * params + blocks) * 3 / 4
-        assert float(cells[6]) == pytest.approx(sent / 1e9, abs=0.01)
-    # two groups reduce their quarters once: each sends one of them, in a ring of two
-    assert float(table[0][7]) == 0
-    assert float(table[1][7]) == pytest.approx(params / 4 / 1e9, abs=0.01)
-
-
-def test_scaling_refuses_devices_and_models_that_it_cannot_plan(folder):
-    one_line_error(run_inside(folder, 'tools.scaling', '--n_devices=6', '--fsdp=4'), 'fsdp=4', '6')
-    one_line_error(run_inside(folder, 'tools.scaling', '--model=gpt3'), "'gpt3'", 'gpt2-xl')
-    for n in ('10000', '9' * 5000):
-        one_line_error(run_inside(folder, 'tools.scaling', f'--n_devices={n}'), 'from 1 to 9999')
-
-
-# -----------------------------------------------------------------------------
 # long iterations
 
 def test_long_iterations_on_a_cpu_are_announced_with_what_shortens_them(folder, monkeypatch):

@@ -27,7 +27,7 @@ def find(*patterns):
 MAPPING = 'TORCH_TO_JAX_MAPPING.md'
 DOCUMENTS = ['README.md', 'JAX_README.md', MAPPING, 'BENCHMARKS.md',
              *find('docs/*.md', 'data/README.md', 'data/*/readme.md')]
-TOOLS = [f'tools/{name}.py' for name in ('compare', 'plan', 'plot', 'scaling', 'sizing')]
+TOOLS = [f'tools/{name}.py' for name in ('compare', 'plan', 'plot', 'sizing')]
 SCRIPTS = [*find('*_jax.py'), *TOOLS]
 PREPARE = find('data/*/prepare.py')
 each_document = pytest.mark.parametrize('document', DOCUMENTS)

@@ -16,7 +16,7 @@ from nanogpt_jax import devices
 from nanogpt_jax.errors import UserError
 
 SCRIPTS = ['train_jax.py', 'sample_jax.py', 'bench_jax.py', 'convert_jax.py']
-TOOLS = ['tools.plan', 'tools.scaling', 'tools.plot', 'tools.sizing', 'tools.compare']
+TOOLS = ['tools.plan', 'tools.plot', 'tools.sizing', 'tools.compare']
 
 
 # -----------------------------------------------------------------------------

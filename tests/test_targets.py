@@ -73,7 +73,7 @@ def test_the_plan_of_gpus_is_what_their_compiler_says(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     for line in ('t4:16: 16 x Tesla T4, mesh: data 2 x fsdp 8; float16, attention xla, remat False',
                  'each device computes 3 micro-steps of 2 x 256 tokens in a step', 'it fits',
-                 'a compiler for GPUs does not estimate time'):
+                 'only the compiler for TPUs estimates time'):
         assert line in result.stdout.splitlines(), result.stdout
     assert re.search(r'^usable \(XLA_CLIENT_MEM_FRACTION 0.75 of 14\.74\) +11.05$', result.stdout,
                      re.M)
@@ -109,9 +109,30 @@ def test_a_topology_that_does_not_exist_is_refused(tmp_path):
 # -----------------------------------------------------------------------------
 # without a compiler
 
+def test_the_plan_counts_what_devices_exchange_in_a_step(tmp_path):
+    result = run(tmp_path, 'tools.plan', '--target=cpu:8', '--fsdp=4', '--n_layer=2',
+                 '--n_head=2', '--n_embd=128', '--vocab_size=512', '--block_size=64',
+                 '--batch_size=1', '--gradient_accumulation_steps=24')
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert 'each device computes 3 micro-steps of 1 x 64 tokens in a step' in result.stdout
+
+    def sent(row):
+        return float(re.search(rf'^{row} +\d+ +([\d.]+)$', result.stdout, re.M)[1])
+    # bytes of the matrices of two blocks, and of the embeddings of the vocabulary and 64 positions
+    blocks, embeddings = 4 * 2 * 12 * 128 ** 2, 4 * (512 + 64) * 128
+    # the blocks are gathered twice in each of three micro-steps, and all gradients scattered once;
+    # three quarters go to other devices
+    assert sent('all-gather +4  every micro-step') == pytest.approx(
+        3 * 2 * blocks * 3 / 4 / 1e6, abs=0.06)
+    assert sent('reduce-scatter +4  every micro-step') == pytest.approx(
+        3 * (blocks + embeddings) * 3 / 4 / 1e6, abs=0.06)
+    # two groups add up their quarters once: each sends one of them, in a ring of two
+    assert sent('all-reduce +2 +once') == pytest.approx((blocks + embeddings) / 4 / 1e6, abs=0.06)
+
+
 @pytest.mark.parametrize('target, words', [
     ('v9', ["'v9'", 'v5e:2x4', 'h100:8']), ('h100:two', ["'h100:two'", 'h100:8']),
-    ('h100:0', ["'h100:0'"])])
+    ('h100:0', ["'h100:0'"]), ('cpu:10000', ["'cpu:10000'"]), ('cpu:\u0663', ['cpu'])])
 def test_an_unknown_target_is_refused(target, words):
     with pytest.raises(UserError) as e:
         targets.target_devices(target)
@@ -128,6 +149,10 @@ def test_a_compiler_that_is_not_installed_is_named(tmp_path, monkeypatch, target
 
 def test_a_shape_that_the_plan_does_not_have_is_refused(tmp_path):
     one_line_error(run_inside(tmp_path, 'tools.plan', '--init_from=gpt3'), "'gpt3'", 'gpt2-xl')
+
+
+def test_the_largest_micro_batch_of_a_cpu_is_not_searched_for(tmp_path):
+    one_line_error(run(tmp_path, 'tools.plan', '--target=cpu', '--largest=True'), 'a TPU or a GPU')
 
 
 def test_jax_takes_three_quarters_of_a_gpus_memory_unless_told_otherwise(monkeypatch):

@@ -32,6 +32,11 @@ def collectives(hlo, n_devices):
     return found
 
 
+def sent_bytes(operation, n_bytes, devices):
+    """Bytes that each device sends in a collective operation, by the ring algorithms."""
+    return (2 if operation == 'all-reduce' else 1) * n_bytes * (devices - 1) / devices
+
+
 def kind(op, hlo, fused):
     """The operation of a match of COLLECTIVE: a TPU fuses a reduce-scatter from an all-reduce and
     the slice of it that the device keeps, of which it sends no more."""

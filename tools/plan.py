@@ -1,6 +1,6 @@
 """
 Will it fit, and how fast will it be? Compile train_jax.py's step for devices that are not there, by
-their own compiler, and print the memory, communication and, on a TPU, time that it predicts.
+their own compiler, and print the memory, communication and, of a TPU, time that it predicts.
 $ python -m tools.plan --target=v5e
 $ python -m tools.plan config/train_gpt2.py --target=h100:8
 $ python -m tools.plan --target=v6e:2x4 --init_from=gpt2-xl --fsdp=8 --batch_size=4 --largest=True
@@ -21,37 +21,37 @@ from nanogpt_jax.pretrained import GPT2_SHAPES
 from nanogpt_jax.sharding import mesh_for_batch
 from nanogpt_jax.tokenizer import load_meta
 from tools import print_table
-from tools.hlo import collectives, custom_calls, cycles_by_part
+from tools.hlo import collectives, custom_calls, cycles_by_part, sent_bytes
 from tools.targets import TPUS, compile_step, largest_fit, target_devices, usable_memory
 
 sys.excepthook = report_user_error
 # -----------------------------------------------------------------------------
-target = 'v5e' # v5e, v5p, v6e or tpu7x, with a topology as in 'v5e:2x4' (alone: one chip); or a GPU
-               # (v100, t4, l4, a100, h100, h200, b200, ...) and how many, as in 'h100:8'
+target = 'v5e' # v5e, v5p, v6e or tpu7x, with a topology as in 'v5e:2x4' (alone: one chip); a GPU
+               # (v100, t4, l4, a100, h100, h200, b200, ...) and how many, as in 'h100:8'; or
+               # 'cpu:8', as many virtual devices, of which it needs no compiler
 largest = False # find the largest micro-batch that fits, too: a few more compilations
 # as in train_jax.py
 init_from = 'scratch' # 'scratch': the shape below; or gpt2, gpt2-medium, gpt2-large, gpt2-xl
-dataset = 'openwebtext' # for its vocabulary
-vocab_size = 0 # 0: that of the data set, or else GPT-2's, padded
-gradient_accumulation_steps = 5 * 8
-batch_size = 12
-block_size = 1024
-n_layer = 12
-n_head = 12
-n_embd = 768
-dropout = 0.0
-bias = False
-dtype = 'bfloat16'
-attention = 'auto'
-remat = False
-fsdp = 1
+dataset = 'openwebtext' # folder in data/, for its vocabulary size
+vocab_size = 0 # 0: that of the data set's meta.pkl, or else GPT-2's, padded
+gradient_accumulation_steps = 5 * 8 # the global batch is this * batch_size sequences
+batch_size = 12 # micro-batch size: the most sequences that a device processes at a time
+block_size = 1024 # context length
+n_layer = 12 # blocks
+n_head = 12 # attention heads
+n_embd = 768 # width
+dropout = 0.0 # more than 0: attention by XLA
+bias = False # biases inside LayerNorm and Linear layers?
+dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16' or 'float16'
+attention = 'auto' # 'cudnn' (NVIDIA GPUs), 'splash' (TPUs), 'xla' (any device), 'auto': the fastest
+remat = False # recompute each block in the backward pass: less memory, a third more FLOPs
+fsdp = 1 # weights, gradients and optimizer state are sharded across groups of this many devices
 from configurator import configure
 config, given = configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------
 
 sys.stdout.reconfigure(line_buffering=True)
 check_settings(config)
-machine.select_devices('cpu')
 if init_from in GPT2_SHAPES:
     n_layer, n_head, n_embd = GPT2_SHAPES[init_from]
 elif init_from != 'scratch':
@@ -69,6 +69,8 @@ gptconf = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bi
                     attention, remat)
 model = split_model(gptconf)[0]
 memory, memory_note = usable_memory(target)
+if largest and memory == math.inf:
+    raise UserError(f'largest needs a TPU or a GPU, with a memory of its own; target is {target!r}')
 
 
 def measure(n_sequences):
@@ -93,22 +95,26 @@ def measure(n_sequences):
 def print_memory(step, n_bytes):
     m = step.memory_analysis()
     rows = [('state and batch', m.argument_size_in_bytes), ('while it runs', m.temp_size_in_bytes),
-            ('in all', n_bytes), (f'usable ({memory_note})', memory)]
+            ('in all', n_bytes)]
+    if memory < math.inf:
+        rows.append((f'usable ({memory_note})', memory))
     print_table(['memory of a device', 'GiB'],
                 [(name, f'{n / 2**30:.2f}') for name, n in rows], markdown=False)
-    print('it fits' if n_bytes <= memory else 'it does NOT fit', end='\n\n')
+    if memory < math.inf:
+        print('it fits' if n_bytes <= memory else 'it does NOT fit')
+    print()
 
 
 def print_collectives(hlo):
-    """How often a step exchanges what, alike operations in one row."""
+    """How often a step exchanges what, and what each device sends; alike operations in one row."""
     totals = {}
     for op, n_bytes, n_devices, count, in_loop in collectives(hlo, mesh.size):
         row = totals.setdefault((op, n_devices, 'every micro-step' if in_loop else 'once'), [0, 0])
-        row[0], row[1] = row[0] + count, row[1] + count * n_bytes
+        row[0], row[1] = row[0] + count, row[1] + count * sent_bytes(op, n_bytes, n_devices)
     rows = [(op, n_devices, when, count, f'{n_bytes / 1e6:,.1f}')
             for (op, n_devices, when), (count, n_bytes) in totals.items()]
     if rows:
-        print_table(['communication in a step', 'devices', 'when', 'times', 'MB'], rows,
+        print_table(['communication in a step', 'devices', 'when', 'times', 'MB sent'], rows,
                     markdown=False)
         print()
 
@@ -117,10 +123,11 @@ def print_time(hlo):
     """FLOPs and, on a TPU, the compiler's estimate of clock cycles and what follows from it."""
     flops = model.estimate_mfu(grad_accum_steps * micro_batch_size, 1.0, peak_flops=1.0)
     peak = machine.peak_flops(devices[0])
-    print(f'{flops / 1e12:.2f} TFLOP in a step on each device (6N + 12LHQT), at the peak of '
-          f'{peak / 1e12:g} TFLOP/s {flops / peak * 1000:.1f} ms')
+    at_peak = (f', at the peak of {peak / 1e12:g} TFLOP/s {flops / peak * 1000:.1f} ms'
+               if math.isfinite(peak) else '')
+    print(f'{flops / 1e12:.2f} TFLOP in a step on each device (6N + 12LHQT){at_peak}')
     if not (cycles := cycles_by_part(hlo)):
-        print('a compiler for GPUs does not estimate time')
+        print('only the compiler for TPUs estimates time')
         return
     total = sum(cycles.values())
     print()

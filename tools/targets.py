@@ -6,6 +6,7 @@ description of the device. Both count memory; libtpu also estimates clock cycles
 import importlib.util
 import math
 import os
+import re
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_train_utils import (
     abstract_train_state, create_optimizer, make_train_step, split_model,
 )
+from nanogpt_jax.devices import select_devices
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.sharding import batch_sharding
 
@@ -97,20 +99,26 @@ device_description_str: "{gpu.kind}"'''
 # their compilers
 
 def target_devices(target):
-    """The devices of a target such as v5e, v5e:2x4, h100 or h100:8, to compile for.
+    """The devices of a target such as v5e, v5e:2x4, h100, h100:8 or cpu:8, to compile for.
 
     A TPU without a topology is one chip. Raises UserError for an unknown target, and if its
     compiler is not installed.
     """
     name, _, size = target.lower().partition(':')
+    n = int(size or 1) if re.fullmatch('[0-9]{0,4}', size) else 0
+    if name == 'cpu' and n:
+        jax.config.update('jax_num_cpu_devices', n)
+        return select_devices('cpu')
     if name in TPUS:
         need('libtpu', 'jax[tpu]')
+        select_devices('cpu')  # JAX itself looks for no TPU or GPU
         return tpu_devices(name, size)
-    if name in GPUS and (not size or size.isdecimal() and int(size) > 0):
+    if name in GPUS and n:
         need('jax_plugins', 'jax[cuda12]')
-        return gpu_devices(GPUS[name], int(size or 1))
+        select_devices('cpu')
+        return gpu_devices(GPUS[name], n)
     raise UserError(f'target is {target!r}; it must be one of {", ".join(TPUS)}, with a topology '
-                    f'as in v5e:2x4, or of {", ".join(GPUS)}, with a number as in h100:8')
+                    f'as in v5e:2x4, or of {", ".join(GPUS)} and cpu, with a number as in h100:8')
 
 
 def need(module, package):
@@ -144,6 +152,8 @@ def gpu_devices(gpu, n):
 def usable_memory(target):
     """(bytes that a program can use on a device of a target, a note on what sets it)."""
     name = target.lower().partition(':')[0]
+    if name == 'cpu':
+        return math.inf, ''  # of one machine, all virtual devices together
     if name in TPUS:
         return TPUS[name].memory * 2 ** 30, 'by libtpu'
     # as the CUDA plugin reads them
