@@ -84,7 +84,10 @@ if max_new_tokens:
     print(f'first call, with compilation: {median_time(generate, 1):.2f} s')
     dt = median_time(generate, 5)
     # no token can be sampled faster than the weights are read; summing them does little else
-    weights = jax.tree.leaves(sampling_weights(model)[1])
+    _, params, head = sampling_weights(model)
+    if head is not None:
+        del params['transformer']['wte'] # a few rows of it; the output layer has its own copy
+    weights = jax.tree.leaves((params, head))
     read = jax.jit(lambda weights: [w.sum() for w in weights])
     floor = median_time(lambda: read(weights), 10)
     rate, n_bytes = batch_size * max_new_tokens / dt, sum(w.nbytes for w in weights)

@@ -745,9 +745,10 @@ def test_chunks_and_a_sequence_alone_give_the_tokens_of_the_full_batch():
 
 
 @area('generation')
-def test_sampling_casts_only_kernels_and_leaves_the_model_unchanged():
+def test_sampling_casts_only_kernels_and_the_head_and_leaves_the_model_unchanged():
+    assert sampling_weights(tiny())[2] is None  # float32: the head is wte itself
     model = tiny(dtype='bfloat16')
-    graphdef, params = sampling_weights(model)
+    graphdef, params, head = sampling_weights(model)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     dtypes = {(path[-1].key, str(p.dtype)) for path, p in leaves}
     assert dtypes == {('kernel', 'bfloat16'), ('embedding', 'float32'), ('scale', 'float32'),
@@ -755,6 +756,7 @@ def test_sampling_casts_only_kernels_and_leaves_the_model_unchanged():
     assert all(p.dtype == 'float32' for p in jax.tree.leaves(params_of(model)))
     x = tokens(2, 9)
     np.testing.assert_array_equal(nnx.merge(graphdef, params)(x)[0], model(x)[0])
+    np.testing.assert_array_equal(model.hidden(x)[:, -1:] @ head, model(x)[0])
 
 
 @area('generation')

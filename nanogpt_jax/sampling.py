@@ -76,11 +76,24 @@ def forward_with_cache(model, idx, start, cache):
     new_cache = []
     for block, (k_cache, v_cache) in zip(model.transformer.h, cache):
         q, k, v = (a.swapaxes(1, 2) for a in block.attn.qkv(block.ln_1(x)))  # (B, nh, T, hs)
-        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, start, axis=2)
-        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, start, axis=2)
+        k_cache, v_cache = write_cache(k_cache, k, start), write_cache(v_cache, v, start)
         x = finish_block(block, x, q, k_cache, v_cache, mask)
         new_cache.append((k_cache, v_cache))
     return model.transformer.ln_f(x), new_cache
+
+
+def write_cache(cache, new, start):
+    """cache (B, nh, L, hs) with new (B, nh, T, hs) at the positions from start on."""
+    def on_tpu(cache, new):
+        # L last in memory: otherwise the compiler pads the cache, and copies it in every call, and
+        # a token of ten samples takes three times as long
+        B, nh, L, hs = cache.shape
+        cache, new = (a.swapaxes(2, 3).reshape(-1, a.shape[2]) for a in (cache, new))
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=1)
+        return cache.reshape(B, nh, hs, L).swapaxes(2, 3)
+    return jax.lax.platform_dependent(
+        cache, new, tpu=on_tpu,
+        default=lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2))
 
 
 def finish_block(block, x, q, k, v, mask):
@@ -114,6 +127,11 @@ def last_hidden(model, idx):
 # -----------------------------------------------------------------------------
 # decoding loops
 
+def output_logits(model, head, x):
+    """Logits (B, V) of hidden states x (B, C); head: as sampling_weights returns it."""
+    return model.head(x) if head is None else x @ head
+
+
 def write_token(tokens, token, t):
     return jax.lax.dynamic_update_index_in_dim(tokens, token, t, axis=1)
 
@@ -128,7 +146,8 @@ def prefill(graphdef, params, tokens, bucket, length):
 
 @partial(jax.jit, static_argnames=('graphdef', 'top_k', 'top_p'),
          donate_argnames=('tokens', 'cache'))
-def decode(graphdef, params, tokens, cache, t, stop, keys, temperature, top_k, top_p, n_vocab):
+def decode(graphdef, params, head, tokens, cache, t, stop, keys, temperature, top_k, top_p,
+           n_vocab):
     """Sample tokens[:, t:stop] with the cache, which holds all positions before t - 1.
 
     stop: at most the cache's length plus one. Returns (tokens, cache).
@@ -139,22 +158,23 @@ def decode(graphdef, params, tokens, cache, t, stop, keys, temperature, top_k, t
         tokens, cache = carry
         last = jax.lax.dynamic_slice_in_dim(tokens, t - 1, 1, axis=1)
         x, cache = forward_with_cache(model, last, t - 1, cache)
-        logits = model.head(x[:, 0])
+        logits = output_logits(model, head, x[:, 0])
         token = sample_token(logits, t, keys, temperature, top_k, top_p, n_vocab)
         return write_token(tokens, token, t), cache
     return jax.lax.fori_loop(t, stop, step, (tokens, cache))
 
 
 @partial(jax.jit, static_argnames=('graphdef', 'top_k', 'top_p'), donate_argnames='tokens')
-def decode_sliding_window(graphdef, params, tokens, t, stop, keys, temperature, top_k, top_p,
-                          n_vocab):
+def decode_sliding_window(graphdef, params, head, tokens, t, stop, keys, temperature, top_k,
+                          top_p, n_vocab):
     """Sample tokens[:, t:stop] past block_size, each from the block_size tokens before it."""
     model = nnx.merge(graphdef, params)
     window = model.config.block_size
 
     def step(t, tokens):
         x = last_hidden(model, jax.lax.dynamic_slice_in_dim(tokens, t - window, window, axis=1))
-        token = sample_token(model.head(x), t, keys, temperature, top_k, top_p, n_vocab)
+        logits = output_logits(model, head, x)
+        token = sample_token(logits, t, keys, temperature, top_k, top_p, n_vocab)
         return write_token(tokens, token, t)
     return jax.lax.fori_loop(t, stop, step, tokens)
 
@@ -185,7 +205,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
     if temperature == 0:
         temperature, top_k, top_p = 1.0, 1, 1.0
     (B, t), block_size = idx.shape, model.config.block_size
-    graphdef, params = sampling_weights(model)
+    graphdef, params, head = sampling_weights(model)
     key = jax.random.key(0) if key is None else key
     keys = jax.vmap(partial(jax.random.fold_in, key))(first + np.arange(B))
     how = dict(keys=keys, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -205,9 +225,9 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
                                         for n in (end - 1, t - 1))
                 cache = (prefill(graphdef, params, tokens, bucket, cache_length) if t > 1 else
                          empty_cache(model.config, B, cache_length))
-            tokens, cache = decode(graphdef, params, tokens, cache, t, stop, **how)
+            tokens, cache = decode(graphdef, params, head, tokens, cache, t, stop, **how)
         else:
-            tokens = decode_sliding_window(graphdef, params, tokens, t, stop, **how)
+            tokens = decode_sliding_window(graphdef, params, head, tokens, t, stop, **how)
         yield np.asarray(tokens)[:, t:stop].copy()
         t = stop
 
@@ -238,17 +258,22 @@ def check_sampling_memory(config, B, T, max_new_tokens):
 
 
 def sampling_weights(model):
-    """(graphdef with dropout off, parameters with the kernels in the compute dtype).
+    """(graphdef with dropout off, parameters with the kernels in the compute dtype, head).
 
-    In 16 bits each token then reads half the bytes. The given model does not change.
+    In 16 bits each token then reads half the bytes. head: the output layer's matrix (C, V) in
+    16 bits; None in float32, where it is wte's. The given model does not change.
     """
     model = nnx.merge(*nnx.split(model))
     model.eval()
     graphdef, params = nnx.split(model, nnx.Param)
+    dtype, wte = model.config.dtype, model.transformer.wte.embedding[...]
 
     def convert(path, p):
-        return p.astype(model.config.dtype) if path[-1].key == 'kernel' else p
-    return graphdef, jax.tree_util.tree_map_with_path(convert, nnx.to_pure_dict(params))
+        return p.astype(dtype) if path[-1].key == 'kernel' else p
+    # a copy of wte: the embeddings of tokens are summed in float32. Converted inside the loop, or
+    # in another layout, it would be read or copied in full for every token, or for every call
+    head = None if dtype == 'float32' else wte.astype(dtype).T
+    return graphdef, jax.tree_util.tree_map_with_path(convert, nnx.to_pure_dict(params)), head
 
 
 # -----------------------------------------------------------------------------

@@ -7,15 +7,22 @@ import importlib.util
 import math
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from helpers import one_line_error, run, run_inside
+from jax.sharding import SingleDeviceSharding
 
-from jax_transformer import GPTConfig
+from jax_transformer import GPT, GPTConfig
+from nanogpt_jax import sampling
 from nanogpt_jax.devices import attention_path, compute_dtype, peak_flops
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.sharding import make_mesh
 from tools import targets
-from tools.hlo import custom_calls, matmul_types, stored_shapes
+from tools.hlo import (
+    custom_calls, estimated_cycles, instructions, matmul_types, stored_shapes,
+)
 
 needs_cuda = pytest.mark.skipif(not importlib.util.find_spec('jax_plugins'),
                                 reason="JAX's CUDA plugin is not installed")
@@ -87,16 +94,45 @@ def test_the_plan_of_gpus_is_what_their_compiler_says(tmp_path):
 # TPUs
 
 @needs_libtpu
-def test_the_plan_of_a_tpu_has_communication_cycles_and_time(tmp_path):
-    result = run(tmp_path, 'tools.plan', '--target=v5e:2x4', '--fsdp=8', '--n_layer=1',
+def test_a_step_with_splash_attention_stores_no_scores():
+    device, = devices = targets.target_devices('v5e')
+    assert attention_path('auto', 'bfloat16', 64, device) == 'splash'
+    B, T, V, nh, found = 2, 512, 1024, 2, {}
+    for attention in ('xla', 'splash'):
+        config = GPTConfig(T, V, n_layer=2, n_head=nh, n_embd=nh * 64, dtype='bfloat16',
+                           attention=attention)
+        step = targets.compile_step(config, make_mesh(devices), 2, B)
+        hlo = step.as_text()
+        shapes = stored_shapes(hlo)
+        assert f'bf16[{B},{T},{V}]' in shapes and f'f32[{B},{T},{V}]' not in shapes  # the logits
+        # of a part of the queries, or of all; the kernel stores their sums in 128 columns
+        scores = [s for s in shapes if re.fullmatch(rf'\w+\[{B},{nh},\d{{3}},(256|384|512)\]', s)]
+        found[attention] = (len(scores), custom_calls(hlo, 'tpu_custom_call'),
+                            step.memory_analysis().temp_size_in_bytes)
+    n_scores, n_kernels, memory = found['xla']
+    assert n_scores and not n_kernels  # so the search finds them
+    assert found['splash'][:2] == (0, 2 * 2 * 2)  # in 2 micro-steps, 2 layers and 2 passes
+    assert found['splash'][2] < memory
+
+
+@needs_libtpu
+def test_eight_tpus_gather_a_block_twice_a_micro_step_and_scatter_its_gradient_there(tmp_path):
+    result = run(tmp_path, 'tools.plan', '--target=v5e:2x4', '--fsdp=8', '--n_layer=2',
                  '--n_head=2', '--n_embd=128', '--vocab_size=512', '--block_size=256',
                  '--batch_size=2', '--gradient_accumulation_steps=16')
     assert result.returncode == 0, result.stdout + result.stderr
     assert '8 x TPU v5 lite' in result.stdout and 'it fits' in result.stdout
+    rows = re.findall(r'^([a-z-]+) +8 +(once|every micro-step) +(\d+) ', result.stdout, re.M)
+    counts = {(operation, when): int(count) for operation, when, count in rows}
+    # in each of two micro-steps four matrices of two blocks, twice gathered, and two embeddings
+    assert counts.pop(('all-gather', 'every micro-step')) == 2 * (2 * 4 * 2 + 2), rows
+    assert counts.pop(('reduce-scatter', 'every micro-step')) == 2 * 2 * 4, rows
+    # the embeddings' gradients are added up in full, by the compiler's choice, and what is not
+    # sharded, the norms' scales, once a step
+    assert counts == {('all-reduce', 'every micro-step'): 2 * 2, ('all-reduce', 'once'): 1}, rows
     for part in ('attn', 'mlp', 'head', 'optimizer'):
         assert re.search(rf'^{part} +\d+\.\d +\d+%$', result.stdout, re.M), part
-    # four matrices of the one block and two embeddings, in each of two micro-steps
-    assert re.search(r'^all-gather +8  every micro-step +12 ', result.stdout, re.M), result.stdout
+    assert 'besides 8 calls of Pallas kernels' in result.stdout
     assert re.search(r'^at 1.5 GHz a step takes at least \d+\.\d ms, mfu \d+\.\d%', result.stdout,
                      re.M)
 
@@ -104,6 +140,43 @@ def test_the_plan_of_a_tpu_has_communication_cycles_and_time(tmp_path):
 @needs_libtpu
 def test_a_topology_that_does_not_exist_is_refused(tmp_path):
     one_line_error(run(tmp_path, 'tools.plan', '--target=v5e:3x7'), 'v5e:3x7')
+
+
+# -----------------------------------------------------------------------------
+# sampling
+
+def decode_program(target):
+    """The text of sampling's loop for ten samples, compiled for a target."""
+    B, device = 10, targets.target_devices(target)[0]
+    config, graphdefs = GPTConfig(n_layer=2, bias=False, dtype='bfloat16'), []
+
+    def inputs():
+        graphdef, *weights = sampling.sampling_weights(GPT(config, rngs=nnx.Rngs(0)))
+        graphdefs.append(graphdef)
+        return (weights, jnp.zeros((B, 1024), jnp.int32), sampling.empty_cache(config, B, 1024),
+                jnp.int32(0), jax.random.split(jax.random.key(0), B), jnp.float32(1))
+    weights, tokens, cache, n, keys, temperature = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)),
+        jax.eval_shape(inputs))
+    return sampling.decode.lower(graphdefs[0], *weights, tokens, cache, n, n, keys, temperature,
+                                 200, 1.0, n).compile(targets.compiler_options(device)).as_text()
+
+
+@pytest.mark.parametrize('target', [pytest.param('v5e', marks=needs_libtpu),
+                                    pytest.param('h100', marks=needs_cuda)])
+def test_sampling_copies_and_converts_no_head_or_cache_in_a_call_or_for_a_token(target):
+    hlo = decode_program(target)
+    found = re.compile(
+        r'\s+(?:ROOT )?%?[\w.-]+ = \w+\[(?:50304,768|768,50304)\](?!\S*S\(1\))\S* ([\w-]+)\(')
+    head = {operation[1] for line, _, _, fused in instructions(hlo)
+            if not fused and (operation := found.match(line))}
+    # names, no copies; one that ends in S(1) is in a TPU's cache
+    assert head and head <= {'parameter', 'get-tuple-element', 'bitcast'}
+    if target == 'v5e':
+        cycles = estimated_cycles(hlo)
+        in_loop = sum(n for name, n in cycles.items() if '/while/' in name)
+        assert in_loop < 1e6  # 1.6 M where each position of the cache is contiguous
+        assert sum(cycles.values()) - in_loop < 0.1 * in_loop
 
 
 # -----------------------------------------------------------------------------

@@ -173,9 +173,13 @@ def compile_step(gptconf, mesh, grad_accum_steps, micro_batch_size):
     iter_num = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     step = make_train_step(split_model(gptconf)[1], tx, 0, mesh, gptconf.dtype == 'float16')
     lowered = step.lower(abstract_train_state(gptconf, tx, mesh), batch, batch, iter_num)
+    return lowered.compile(compiler_options(mesh.devices.flat[0]))
+
+
+def compiler_options(device):
+    """What to compile with for a device that is not there."""
     # autotuning would time kernels on a GPU
-    options = {'xla_gpu_autotune_level': 0} if mesh.devices.flat[0].platform == 'gpu' else None
-    return lowered.compile(options)
+    return {'xla_gpu_autotune_level': 0} if device.platform == 'gpu' else None
 
 
 def largest_fit(measure, memory, known):
