@@ -201,13 +201,19 @@ def largest_fit(measure, memory, known):
 
 
 def next_size(known, memory, fits, too_many):
-    """The size to try next: the largest by a line through the two closest known ones, since memory
-    is about linear in it, but none that is known to fit or not to."""
+    """The size to try next, more than what fits and fewer than what is too many.
+
+    That of a line through the two sizes closest to `memory`, but at most halfway to what is too
+    many, or twice what fits.
+    """
+    # close to what a TPU has its compiler recomputes activations, and the line becomes flat
+    furthest = (fits + too_many) // 2 if math.isfinite(too_many) else 2 * fits
     sizes = sorted((n for n in known if math.isfinite(known[n])),
                    key=lambda n: abs(known[n] - memory))
-    guess = 2 * fits or too_many // 2
+    guess = furthest
     if len(sizes) > 1:
         a, b = sizes[:2]
         slope = (known[a] - known[b]) / (a - b)
-        guess = a + math.floor((memory - known[a]) / slope)
-    return int(min(max(guess, fits + 1), too_many - 1))
+        if slope > 0:
+            guess = min(furthest, a + math.floor((memory - known[a]) / slope))
+    return max(guess, fits + 1)
