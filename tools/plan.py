@@ -19,7 +19,7 @@ from nanogpt_jax import devices as machine
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.pretrained import GPT2_SHAPES
 from nanogpt_jax.sharding import mesh_for_batch
-from nanogpt_jax.tokenizer import load_meta
+from nanogpt_jax.tokenizer import load_vocabulary
 from tools import print_table
 from tools.hlo import collectives, custom_calls, cycles_by_part, sent_bytes
 from tools.targets import TPUS, compile_step, largest_fit, target_devices, usable_memory
@@ -33,7 +33,7 @@ largest = False # find the largest micro-batch that fits, too: a few more compil
 # as in train_jax.py
 init_from = 'scratch' # 'scratch': the shape below; or gpt2, gpt2-medium, gpt2-large, gpt2-xl
 dataset = 'openwebtext' # folder in data/, for its vocabulary size
-vocab_size = 0 # 0: that of the data set's meta.pkl, or else GPT-2's, padded
+vocab_size = 0 # 0: that of data/<dataset>, or else GPT-2's, padded
 gradient_accumulation_steps = 5 * 8 # the global batch is this * batch_size sequences
 batch_size = 12 # micro-batch size: the most sequences that a device processes at a time
 block_size = 1024 # context length
@@ -57,7 +57,7 @@ if init_from in GPT2_SHAPES:
 elif init_from != 'scratch':
     raise UserError(f'init_from is {init_from!r}; it must be scratch or one of '
                     f'{", ".join(GPT2_SHAPES)}')
-vocab_size = vocab_size or load_meta(os.path.join('data', dataset))[0] or GPTConfig.vocab_size
+vocab_size = vocab_size or load_vocabulary(os.path.join('data', dataset))[0] or GPTConfig.vocab_size
 devices = target_devices(target)
 mesh, grad_accum_steps = mesh_for_batch(
     devices, gradient_accumulation_steps * batch_size, batch_size, fsdp)
