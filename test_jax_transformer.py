@@ -937,7 +937,8 @@ def test_batches_are_a_function_of_seed_iteration_and_purpose():
         return utils.batch_offsets(n, 10**6, seed, iter_num, purpose)
     np.testing.assert_array_equal(offsets(), offsets())
     others = [offsets(seed=2), offsets(iter_num=6), offsets(purpose=utils.EVAL)]
-    assert all((offsets() != other).any() for other in others)
+    # not the same numbers in other places either, as of a counter that goes on from the iteration
+    assert not any(set(offsets()) & set(other) for other in others)
     np.testing.assert_array_equal(offsets(n=8), offsets()[:8])
 
 

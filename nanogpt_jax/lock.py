@@ -41,8 +41,8 @@ def hold_out_dir(out_dir, resume=False):
     check_out_dir(out_dir, must_exist=resume)
     release_out_dir()
     path = pathlib.Path(out_dir).absolute()
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_file(path / LOCK, out_dir)
         lock.truncate(0)

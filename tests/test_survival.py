@@ -362,7 +362,8 @@ def test_a_file_system_without_locks_is_a_warning(held, monkeypatch, capsys):
 @pytest.mark.parametrize('out_dir, words', [
     ('', ['out_dir is empty', '--out_dir=out_jax']),
     ('data/tiny/val.bin', ['data/tiny/val.bin', 'a file and not a folder', '--out_dir']),
-    ('data/tiny/val.bin/x', ['data/tiny/val.bin/x', '--out_dir'])])
+    ('data/tiny/val.bin/x', ['data/tiny/val.bin/x', '--out_dir']),
+    ('x' * 5000, ['--out_dir'])])
 def test_an_impossible_out_dir_is_refused_before_anything_is_computed(folder, out_dir, words, more):
     result = run_inside(folder, 'train_jax.py', *TINY, *more, f'--out_dir={out_dir}')
     one_line_error(result, *words, alone=True)
