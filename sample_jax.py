@@ -33,11 +33,11 @@ samples_out, sys.stdout = sys.stdout, sys.stderr
 # -----------------------------------------------------------------------------
 init_from = 'resume' # 'resume' (a run's out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl',
                      # or a folder with GPT-2 weights
-out_dir = 'out_jax' # read if init_from is 'resume'
+out_dir = 'out_jax' # the run to sample from, if init_from is 'resume'
 checkpoint = 'auto' # 'latest', 'best', an iteration, or 'auto': the best if the run saved
                     # improvements only, else the latest
 start = '\n' # the prompt; 'FILE:prompt.txt' reads it from a file
-num_samples = 10
+num_samples = 10 # drawn in one batch
 interactive = False # continue each line of standard input; num_samples is then 0, unless given
 stream = False # print tokens as they come, one sample after the other
 max_new_tokens = 500 # tokens in each sample, after the prompt
@@ -45,8 +45,8 @@ stop = '' # a sample ends before this text, for instance '<|endoftext|>'
 temperature = 0.8 # 1.0: the model's distribution; lower: less random; 0.0: the most likely token
 top_k = 200 # sample from the top_k most likely tokens only
 top_p = 1.0 # and of these from the most likely ones that together have this probability
-seed = 1337
-device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, 'tpu'
+seed = 1337 # the same seed gives the same text
+device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1', 'tpu'; of several devices one is used
 dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16' or 'float16'; a CPU computes in float32
 compilation_cache = True # cache compiled programs in the user's cache folder: faster next start
 compile = False # no effect: XLA always compiles

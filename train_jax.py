@@ -38,43 +38,44 @@ keep_stdout_open()
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 (124M) on OpenWebText
 # files and logging
-out_dir = 'out_jax'
-eval_interval = 2000
-log_interval = 1
-eval_iters = 200
+out_dir = 'out_jax' # where checkpoints and metrics.jsonl are written
+eval_interval = 2000 # iterations from one evaluation, and save, to the next
+log_interval = 1 # iterations from one printed loss to the next
+eval_iters = 200 # batches of each split in an evaluation
 eval_only = False # evaluate once and exit, without touching out_dir
 always_save_checkpoint = True # save after every evaluation; False: if the val loss has improved
 init_from = 'scratch' # 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a
                       # folder with GPT-2 weights
 # wandb logging
-wandb_log = False
-wandb_project = 'owt'
-wandb_run_name = 'gpt2'
+wandb_log = False # log to Weights & Biases
+wandb_project = 'owt' # its project
+wandb_run_name = 'gpt2' # the run's name there
 # data
-dataset = 'openwebtext'
+dataset = 'openwebtext' # a folder in data/
 gradient_accumulation_steps = 5 * 8 # the global batch is this * batch_size sequences
-batch_size = 12 # micro-batch size: the most sequences that a device processes at a time
-block_size = 1024
+batch_size = 12 # micro-batch size: the most sequences that a device processes at a time (on a CPU
+                # fewer, if its caches hold fewer); also the size of an evaluation batch
+block_size = 1024 # context length, in tokens
 # model
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12 # transformer blocks
+n_head = 12 # attention heads; must divide n_embd
+n_embd = 768 # width of the embeddings
 dropout = 0.0 # 0 is good for pretraining, try 0.1+ for finetuning
 bias = False # biases inside LayerNorm and Linear layers?
 # adamw optimizer
 learning_rate = 6e-4 # the peak
-max_iters = 600000
-weight_decay = 1e-1
-beta1 = 0.9
-beta2 = 0.95
+max_iters = 600000 # the last iteration
+weight_decay = 1e-1 # of tensors with two or more dimensions
+beta1 = 0.9 # decay of AdamW's mean of gradients
+beta2 = 0.95 # and of its mean of their squares
 grad_clip = 1.0 # maximum global norm of the gradient, 0.0 for no clipping
 # learning rate decay
-decay_lr = True
-warmup_iters = 2000
-lr_decay_iters = 600000 # about max_iters, per Chinchilla
-min_lr = 6e-5 # about learning_rate/10, per Chinchilla
+decay_lr = True # warmup and cosine decay; False: a constant learning rate
+warmup_iters = 2000 # iterations of linear warmup
+lr_decay_iters = 600000 # the last iteration of the decay; about max_iters, per Chinchilla
+min_lr = 6e-5 # from then on; about learning_rate/10, per Chinchilla
 # system
-seed = 1337
+seed = 1337 # of the initial weights, the batches and dropout; from 0, below 2**32
 device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1' for one of several, 'tpu', or another
                 # platform of JAX, such as 'rocm'
 dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16', or 'float16' with dynamic loss scaling;

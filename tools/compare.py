@@ -25,10 +25,10 @@ torch_python = 'python' # a Python that has torch
 case = 'readme_cpu' # or shakespeare_char, shakespeare_loss, gpt2, generate, sample; or a list: a,b
 rounds = 3 # runs of each contender
 max_iters = 0 # iterations of a run, 0 for the case's own number
-torch_compile = 'both' # 'eager', 'compile', or 'both', alternating
+torch_compile = 'both' # 'eager', 'compile' (by torch.compile), or 'both', alternating
 device = 'cpu' # of both projects: 'cpu' or 'cuda'
 micro_batches = '12,24,32,48,64' # gpt2: the micro-batch sizes to try
-loss_seeds = '1337,1338,1339' # of the case shakespeare_loss
+loss_seeds = '1337,1338,1339' # of shakespeare_loss: a run of each project for every seed
 from configurator import configure
 configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------

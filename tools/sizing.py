@@ -1,6 +1,6 @@
 """
 What a model and a run will need, before they start: parameters, FLOPs and activations by part,
-memory, the size of a checkpoint, the time of training, and the compute-optimal number of tokens.
+memory, the size of a checkpoint, days of training, and the compute-optimal number of tokens.
 Nothing is computed on a device, so no GPU is needed.
 $ python -m tools.sizing
 $ python -m tools.sizing config/train_shakespeare_char.py
@@ -24,7 +24,7 @@ from nanogpt_jax.devices import attention_path, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.ops import causal_attention
 from nanogpt_jax.pretrained import GPT2_SHAPES
-from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
+from nanogpt_jax.tokenizer import load_meta
 from tools import print_table
 
 sys.excepthook = report_user_error
@@ -33,12 +33,12 @@ sys.excepthook = report_user_error
 init_from = 'scratch' # the shape below, or that of 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 dataset = 'openwebtext' # used for its vocabulary size only
 vocab_size = 0 # 0: that of data/<dataset>, or else GPT-2's 50257 padded to 50304
-block_size = 1024
-n_layer = 12
-n_head = 12
-n_embd = 768
-dropout = 0.0
-bias = False
+block_size = 1024 # context length, in tokens
+n_layer = 12 # transformer blocks
+n_head = 12 # attention heads; must divide n_embd
+n_embd = 768 # width of the embeddings
+dropout = 0.0 # its masks take memory, and rule out the fused attention kernel
+bias = False # biases inside LayerNorm and Linear layers?
 # memory
 batch_size = 12 # sequences of a micro-step on one device
 dtype = 'bfloat16' # compute type: 'float32', 'bfloat16' or 'float16'
@@ -46,8 +46,8 @@ attention = 'auto' # 'cudnn', 'xla', or 'auto': as train_jax.py chooses on an NV
 remat = False # recompute each block in the backward pass, to save memory
 # the run
 gradient_accumulation_steps = 5 * 8 # times batch_size: the global batch, of any number of devices
-max_iters = 600000
-n_devices = 8
+max_iters = 600000 # the last iteration
+n_devices = 8 # that share each iteration
 peak = 312e12 # FLOP/s of a device; an A100's in bfloat16
 utilization = 0.3 # fraction of the peak that training reaches: mfu in the log
 compute = 0.0 # FLOP to find the best model for; 0.0: those of the run
@@ -79,10 +79,9 @@ if init_from in GPT2_SHAPES:
 elif vocab_size:
     vocab_source = 'as given'
 else:
-    data_dir = os.path.join('data', dataset)
-    vocab_size = load_vocabulary(data_dir)[0]
-    vocab_source = (f'of {find_vocabulary(data_dir)}' if vocab_size else
-                    f"GPT-2's padded, since there is no {os.path.join(data_dir, 'meta.pkl')}")
+    meta = os.path.join('data', dataset, 'meta.pkl')
+    vocab_size = load_meta(os.path.dirname(meta))[0]
+    vocab_source = f'of {meta}' if vocab_size else f"GPT-2's padded, since there is no {meta}"
     vocab_size = vocab_size or GPTConfig.vocab_size
 GPTConfig(n_embd=n_embd, n_head=n_head, dtype=dtype)  # checks these before attention_path uses them
 gpu = SimpleNamespace(device_kind='an NVIDIA GPU', compute_capability='9.0')
@@ -217,29 +216,14 @@ def print_memory(activations):
     print()
 
 
-def duration(seconds):
-    """Three digits, in the largest unit of which it is at least one."""
-    units = (('days', 86400), ('hours', 3600), ('minutes', 60), ('seconds', 1))
-    name, length = next((unit for unit in units if seconds >= unit[1]), units[-1])
-    return f'{seconds / length:.3g} {name}'
-
-
-def print_time():
-    speed = n_devices * peak * utilization
-
+def print_days():
     def cells(flops):
-        return f'{flops:.3e}', duration(flops / speed)
+        return f'{flops:.3e}', f'{flops / (n_devices * peak * utilization) / 86400:.3g}'
     print_table((f'{max_iters:,} iterations of {tokens_per_iter:,} tokens: {short(tokens)}',
-                 'FLOP', 'time'),
+                 'FLOP', 'days'),
                 [('by 6N + 12LHQT', *cells(flops_per_token * tokens)),
                  ('by 6N', *cells(6 * n_params * tokens))], markdown=False)
-    print(f'with {n_devices} device{"s" * (n_devices > 1)} of {peak / 1e12:g} TFLOP/s '
-          f'and an mfu of {utilization:.0%}')
-    per_iter = flops_per_token * tokens_per_iter / speed
-    if per_iter < 1e-2:
-        print(f'that is {per_iter * 1000:.2g} ms per iteration; steps so short do not reach that '
-              'mfu, on several devices least of all: time them with bench_jax.py')
-    print()
+    print(f'with {n_devices} devices of {peak / 1e12:g} TFLOP/s and an mfu of {utilization:.0%}\n')
 
 
 def short(x):
@@ -299,5 +283,5 @@ print_table(('parameters without wpe, N', f'{n_params:,}'), [
     ('6N + 12LHQT, which mfu is counted by', f'{flops_per_token:,.0f}')], markdown=False)
 print()
 print_memory(activations)
-print_time()
+print_days()
 print_laws()
