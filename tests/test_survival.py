@@ -34,7 +34,7 @@ from nanogpt_jax.lock import LOCK, hold_out_dir, release_out_dir
 from nanogpt_jax.processes import RobustStream, StopRequest, open_closed_streams
 from nanogpt_jax.sharding import make_mesh
 
-KILLS = int(os.environ.get('KILLS', 5))  # 50 by hand, see JAX_README.md
+KILLS = int(os.environ.get('KILLS', 5))  # 50 by hand, see BENCHMARKS.md
 FLIPS = int(os.environ.get('FLIPS', 0))  # 0: each file is damaged once; 200 by hand
 
 RESUME = ['--init_from=resume', '--device=cpu']
