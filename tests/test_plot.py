@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import one_line_error, process_state_restored, run, run_inside, train
+from matplotlib.colors import to_hex
 
 
 @pytest.fixture
@@ -335,6 +336,38 @@ def test_smoothing_is_a_mean_around_each_point(plot, tmp_path):
     assert len(its) == 49 and set(smooth) == {2.0}
 
 
+def test_runs_with_the_same_label_are_their_mean_in_a_band(plot, tmp_path):
+    for name, high in (('a', 0), ('b', 1), ('c', 2.5)):
+        # the third is shorter, so what follows its end is in no mean
+        torch_log(tmp_path / name, range(30 if name == 'c' else 40), ms=lambda it: 10 + high,
+                  loss=lambda it: 2 + high)
+    torch_log(tmp_path / 'd', range(30))
+    result = plot('a', 'b', 'd', 'c', '--labels=x,x,y,x', '--smooth=0.0')
+    x, x_evals, *y = drawn(result.fig.axes[0])
+    assert len(y) == 2 and list(x[0]) == [*range(30)] and list(x_evals[0]) == [0, 10, 20]
+    assert set(np.round(x[1], 4)) == {3.1667} and set(np.round(x_evals[1], 4)) == {3.3667}
+    band, evals_band = (c.get_paths()[0].vertices[:, 1] for c in result.fig.axes[0].collections)
+    assert {*band} == {2, 4.5} and {*evals_band} == {2.2, 4.7}
+    assert [text.get_text() for text in result.fig.legends[0].get_texts()] == ['x', 'y']
+    assert [row[0] for row in result.rows] == ['x', 'x', 'y', 'x', 'x, mean of 3']
+    assert result.rows[-1][2:7] == ['3.1667', '3.3667', '3.3667 at 0', '11.17', '90,303']
+
+
+def test_given_times_are_bars_side_by_side(plot, tmp_path):
+    torch_log(tmp_path / 'a')
+    fig = plot('a', 'a', 'a', '--labels=x,x,y', '--times=here:19.4:31.7,there:1035.8:43').fig
+    assert [text.get_text() for text in fig.axes[1].get_xticklabels()] == ['here', 'there']
+    first, second = fig.axes[1].containers
+    assert [bar.get_height() for bar in first] == [19.4, 1035.8]
+    assert [bar.get_height() for bar in second] == [31.7, 43]
+    assert [text.get_text() for text in fig.axes[1].texts] == ['19.4', '1,035.8', '31.7', '43.0']
+    edges = [edge for pair in zip(first, second) for bar in pair
+             for edge in (bar.get_x(), bar.get_x() + bar.get_width())]
+    assert edges == sorted(edges)  # no bar covers another
+    for i, container in enumerate((first, second)):
+        assert to_hex(container[0].get_facecolor()) == fig.axes[0].lines[2 * i].get_color().lower()
+
+
 # -----------------------------------------------------------------------------
 # the command line
 
@@ -348,6 +381,9 @@ def test_smoothing_is_a_mean_around_each_point(plot, tmp_path):
     (['a.log', '--out=a.log'], ["'a.log'", '.png']),
     (['a.log', '--out=absent/a.png'], ['absent/a.png', '--out']),
     (['a.log', '--smooth=2.0'], ['smooth is 2.0']),
+    (['a.log', 'a.log', '--labels=x,y', '--times=here:19.4'], ["'here:19.4'", 'the 2 labels']),
+    (['a.log', '--times=here:fast'], ["'here:fast'", 'one:19.4:31.7']),
+    (['a.log', '--times=19.4'], ["'19.4'", 'one:19.4:31.7']),
     (['absent.log', '--outt=x.png'], ['--outt', '--out']),
 ])
 def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, args, words):

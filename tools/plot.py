@@ -1,11 +1,14 @@
 """
 Compare training runs of this port and of PyTorch nanoGPT: print a table, and plot their losses
 against iterations and time. A run is an out_dir of train_jax.py, its metrics.jsonl, or a file with
-the output of either project's training script.
+the output of either project's training script; several with the same label, such as other seeds,
+are one curve, their mean, in a band from the lowest to the highest. It reads no config files.
 $ python -m tools.plot out-shakespeare-char ../nanoGPT/train.log
 $ python -m tools.plot out-a out-b out-c --labels=small,medium,large --out=sizes.png
+$ python -m tools.plot out-a1 out-a2 out-b1 out-b2 --labels=a,a,b,b
 """
 
+import functools
 import math
 import os
 import re
@@ -23,6 +26,8 @@ sys.excepthook = report_user_error
 out = 'compare.png' # the picture, overwritten if it exists; '' for the table alone
 labels = '' # names of the runs, with commas; '' for the names of their files and folders
 smooth = 0.04 # training curves are moving averages over this fraction of a run; 0.0 for none
+times = '' # draw bars in place of the losses against time: ms per iteration of each label on one or
+           # more machines, as in 'one machine:19.4:31.7,another:35.8:43.3'
 from configurator import configure
 # overrides from the command line; arguments without - are runs here, not config files
 configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith('-')])
@@ -41,6 +46,11 @@ if len(names) != len(paths):
                     'give one for each, with commas')
 if not 0 <= smooth <= 1:
     raise UserError(f'smooth is {smooth}; it must be a fraction from 0.0 to 1.0')
+bars = [(machine, [float(x) if re.fullmatch(r'\d+(\.\d+)?', x) else 0 for x in ms])
+        for machine, *ms in (bar.split(':') for bar in times.split(',') if bar)]
+if any(len(ms) != len(set(names)) or not all(ms) for _, ms in bars):
+    raise UserError(f'times is {times!r}; write a machine and ms per iteration for each of the '
+                    f'{len(set(names))} labels, as in one:19.4:31.7,another:35.8:43.3')
 if out and not out.lower().endswith('.png'):
     raise UserError(f'out is {out!r}; the picture is a PNG, so its name must end in .png')
 
@@ -152,11 +162,33 @@ def median(its, values):
     return float(np.median(values[settled if settled.any() else known]))
 
 
+def grouped(runs):
+    """Lists of the runs with the same name."""
+    return [[run for run in runs if run.name == name] for name in dict.fromkeys(names)]
+
+
 # -----------------------------------------------------------------------------
 # the table
 
 HEAD = ['run', 'last iteration', 'train loss, last', 'val loss, last', 'val loss, best',
         'ms/iter, median', 'tokens/s', 'time per iteration, first run = 1']
+
+
+def mean_run(runs):
+    """What table_row needs of several runs: their means where all of them logged."""
+    def common(axis, values):
+        x = shared([getattr(run, axis) for run in runs])
+        return x, np.mean([getattr(run, values)[np.isin(getattr(run, axis), x)]
+                           for run in runs], axis=0)
+    (its, losses), (evals, vals) = common('its', 'losses'), common('evals', 'vals')
+    return SimpleNamespace(name=f'{runs[0].name}, mean of {len(runs)}', its=its, losses=losses,
+                           evals=evals, vals=vals, ms=np.mean([run.ms for run in runs]),
+                           rate=np.mean([run.rate for run in runs]))
+
+
+def shared(arrays):
+    """The numbers that are in all of several arrays."""
+    return functools.reduce(np.intersect1d, arrays)
 
 
 def table_row(run, first):
@@ -174,7 +206,8 @@ def table_row(run, first):
 
 
 def print_runs(runs):
-    print_table(HEAD, [table_row(run, runs[0]) for run in runs])
+    means = [mean_run(group) for group in grouped(runs) if len(group) > 1]
+    print_table(HEAD, [table_row(run, runs[0]) for run in [*runs, *means]])
     sizes = [run.rate * run.ms / 1000 for run in runs if run.rate * run.ms > 0]
     if sizes and max(sizes) > 1.05 * min(sizes):  # printed times are rounded
         print(f'WARNING: an iteration has from {min(sizes):,.0f} to {max(sizes):,.0f} tokens: '
@@ -225,39 +258,73 @@ def loss_limits(runs):
     return low - margin, high + margin
 
 
-def draw_run(axes, run, i, time_unit):
-    """Draw run number i against iterations (left) and time (right); returns its legend handle."""
+def mean_and_band(runs):
+    """[(iterations, seconds, losses, lowest, highest)] of training and of evaluations: means over
+    runs, where all of them have a finite loss."""
+    for kind in zip(*map(curves, runs)):
+        its = shared([x for x, _, _ in kind])
+        seconds, losses = (np.array([curve[i][np.isin(curve[0], its)] for curve in kind])
+                           for i in (1, 2))
+        yield its, seconds.mean(0), losses.mean(0), losses.min(0), losses.max(0)
+
+
+def draw_runs(axes, runs, i, time_unit):
+    """Draw runs, with label number i, against iterations (left) and, if there is a second panel,
+    time (right); returns the legend handle."""
     style = dict(color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)])
-    train, val = curves(run)
-    has_val = (val[0] >= run.settled).any()  # an earlier evaluation is above the picture
+    train, val = mean_and_band(runs)
+    has_val = (val[0] >= runs[0].settled).any()  # an earlier evaluation is above the picture
     for ax, x, scale in zip(axes, (0, 1), (1, time_unit)):
         ax.plot(train[x] / scale, train[2], **style, linewidth=1 if has_val else 2,
                 alpha=0.6 if has_val else 1)
         ax.plot(val[x] / scale, val[2], **style, linewidth=2, marker=MARKERS[i % len(MARKERS)],
                 markevery=len(val[0]) // 15 + 1)
+        for curve in (train, val):
+            if len(runs) > 1:
+                ax.fill_between(curve[x] / scale, *curve[3:], color=style['color'], alpha=0.2,
+                                linewidth=0)
     return axes[0].lines[-1 if has_val else -2]
+
+
+def draw_bars(ax):
+    """Bars of ms per iteration, those of a machine side by side."""
+    n = len(bars[0][1])
+    for i in range(n):
+        drawn = ax.bar([m + (i - (n - 1) / 2) * 0.8 / n for m in range(len(bars))],
+                       [ms[i] for _, ms in bars], width=0.75 / n, color=COLORS[i % len(COLORS)])
+        ax.bar_label(drawn, fmt='{:,.1f}', padding=2)
+    ax.set_xticks(range(len(bars)), [machine for machine, _ in bars], parse_math=False)
+    ax.set_ylabel('time per iteration (ms)')
+    ax.grid(visible=True, axis='y', alpha=0.3)
+    ax.set_axisbelow(True)
 
 
 def draw(runs):
     """The picture, as matplotlib's Figure. Raises UserError if matplotlib is not installed."""
     Figure = optional_import('matplotlib.figure').Figure
-    shown = [run.name if len(run.name) <= 32 else f'{run.name[:15]}\u2026{run.name[-16:]}'
-             for run in runs]
+    groups = grouped(runs)
+    shown = [name if len(name) <= 32 else f'{name[:15]}\u2026{name[-16:]}'
+             for name in (group[0].name for group in groups)]
     columns = max(1, 110 // (max(map(len, shown)) + 10))  # of the legend
-    height = 5.5 + math.ceil(len(runs) / columns) / 4
+    height = 5.5 + math.ceil(len(groups) / columns) / 4
     fig = Figure(figsize=(12, height), dpi=120, layout='constrained')
     longest = max([run.seconds[-1] for run in runs if not math.isnan(run.ms)], default=0)
     unit, seconds = (('s', 1) if longest < 180 else ('min', 60) if longest < 7200 else ('h', 3600))
-    left, right = fig.subplots(1, 2, sharey=True)
+    left, right = fig.subplots(1, 2, sharey=not bars)
     left.set(xlabel='iteration', ylabel='loss (nats per token)', ylim=loss_limits(runs))
-    right.set(xlabel=f'training time without evaluations ({unit})')
     left.xaxis.set_major_formatter('{x:,.0f}')
-    for ax in (left, right):
+    panels = [left] if bars else [left, right]
+    for ax in panels:
         ax.grid(visible=True, alpha=0.3)
-    handles = [draw_run((left, right), run, i, seconds) for i, run in enumerate(runs)]
-    legend = fig.legend(handles, list(map(str, range(len(runs)))), loc='outside lower center',
+    if bars:
+        draw_bars(right)
+    else:
+        right.set(xlabel=f'training time without evaluations ({unit})')
+    handles = [draw_runs(panels, group, i, seconds) for i, group in enumerate(groups)]
+    legend = fig.legend(handles, list(map(str, range(len(groups)))), loc='outside lower center',
                         ncols=columns, handlelength=4,
-                        title='with markers: validation loss; without: training loss')
+                        title='with markers: validation loss; without: training loss'
+                        + ('; bands: lowest to highest' if len(runs) > len(groups) else ''))
     # set afterwards, since legend() skips names that begin with _
     for text, name in zip(legend.get_texts(), shown):
         text.set_parse_math(False)
