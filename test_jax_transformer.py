@@ -1160,6 +1160,9 @@ def test_logits_loss_and_every_gradient_are_nanogpts():
         assert expected.keys() <= grads.keys() and len(expected) >= len(grads) - 1
         for key, want in expected.items():
             np.testing.assert_allclose(grads[key], want, rtol=1e-4, atol=1e-6, err_msg=key)
+        largest = max(np.abs(grads[key] - want).max() / max(np.abs(want).max(), 1e-4)
+                      for key, want in expected.items())  # the bias of the keys has no gradient
+        print(f'{name}: loss {abs(float(loss) / data["loss"] - 1):.1e}, gradients {largest:.1e}')
 
 
 @area(PARITY)
@@ -1187,6 +1190,7 @@ def test_training_follows_nanogpts_trajectory():
         tx = utils.create_optimizer(schedule, t['weight_decay'], (t['beta1'], t['beta2']),
                                     t['grad_clip'])
         step, state = utils.make_train_step(graphdef, tx, 0, mesh), fresh_state(model, tx)
+        found = []
         for it in range(len(data['train/loss'])):
             x, y = (data[f'train/{key}'][it].astype(np.int32) for key in 'xy')
             state, metrics = step(state, *sharding.shard_batch(mesh, x, y), np.int32(it))
@@ -1196,6 +1200,8 @@ def test_training_follows_nanogpts_trajectory():
             # from step to step
             np.testing.assert_allclose(metrics['loss'], data['train/loss'][it], rtol=1e-5)
             np.testing.assert_allclose(metrics['grad_norm'], data['train/grad_norm'][it], rtol=1e-4)
+            found.append([abs(float(metrics[key]) / data[f'train/{key}'][it] - 1)
+                          for key in ('loss', 'grad_norm')])
         final = export_torch_weights(nnx.merge(graphdef, state['params']))
         for key in (k for k in data.files if k.startswith('final/')):
             got, want = final[key[6:]], data[key]
@@ -1204,6 +1210,9 @@ def test_training_follows_nanogpts_trajectory():
                 # the rounding noise
                 got, want = np.delete(got, np.s_[32:64]), np.delete(want, np.s_[32:64])
             np.testing.assert_allclose(got, want, atol=2e-4, err_msg=key)
+            found[-1].append(np.abs(got - want).max())
+        print(f'{name}, {len(found)} steps: losses {max(loss for loss, *_ in found):.1e}, gradient '
+              f'norms {max(norm for _, norm, *_ in found):.1e}, weights {max(found[-1][2:]):.1e}')
 
 
 # -----------------------------------------------------------------------------

@@ -339,8 +339,8 @@ def test_smoothing_is_a_mean_around_each_point(plot, tmp_path):
 def test_runs_with_the_same_label_are_their_mean_in_a_band(plot, tmp_path):
     for name, high in (('a', 0), ('b', 1), ('c', 2.5)):
         # the third is shorter, so what follows its end is in no mean
-        torch_log(tmp_path / name, range(30 if name == 'c' else 40), ms=lambda it: 10 + high,
-                  loss=lambda it: 2 + high)
+        torch_log(tmp_path / name, range(30 if name == 'c' else 40),
+                  ms=lambda it, high=high: 10 + high, loss=lambda it, high=high: 2 + high)
     torch_log(tmp_path / 'd', range(30))
     result = plot('a', 'b', 'd', 'c', '--labels=x,x,y,x', '--smooth=0.0')
     x, x_evals, *y = drawn(result.fig.axes[0])
