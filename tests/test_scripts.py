@@ -339,6 +339,27 @@ def test_compare_alternates_and_prints_the_ratio_of_the_times(folder):
         assert abs(float(times[name][2]) - ms / ours) < 0.01
 
 
+def test_compare_keeps_the_output_of_each_seed_for_plots(folder):
+    # scripts that train nothing, ours in a copy of the tools
+    shutil.copytree(os.path.join(ROOT, 'tools'), folder / 'tools')
+    (folder / 'train_jax.py').write_text("""
+import sys
+print('step 0: train loss 4.0, val loss', 1 + int(sys.argv[1].removeprefix('--seed=')))""")
+    (folder / 'nanoGPT').mkdir()
+    (folder / 'nanoGPT' / 'train.py').write_text("print('step 0: train loss 4.0, val loss', 1337)")
+    result = run(folder, 'tools.compare', '--nanogpt=nanoGPT', f'--torch_python={sys.executable}',
+                 '--case=readme_loss', '--loss_seeds=7,8', '--torch_compile=compile', '--logs=logs')
+    assert result.returncode == 0, result.stderr
+    logs = {path.name: path.read_text().split()[-1] for path in (folder / 'logs').iterdir()}
+    assert logs == {'JAX-7.log': '8', 'JAX-8.log': '9', 'PyTorch-compile-7.log': '7',
+                    'PyTorch-compile-8.log': '8'}
+    rows = [[cell.strip() for cell in line.strip('|').split('|')]
+            for line in result.stdout.splitlines() if line.startswith('|')]
+    assert [row[:3] for row in rows[2:]] == [
+        ['JAX', '7', '8.0'], ['JAX', '8', '9.0'], ['PyTorch compile', '7', '7.0'],
+        ['PyTorch compile', '8', '8.0']]
+
+
 @pytest.mark.parametrize('args, words', [
     (['--nanogpt=absent'], ['absent', '--nanogpt']),
     (['--nanogpt=nanoGPT', '--rounds=0'], ['rounds is 0']),

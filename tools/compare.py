@@ -22,13 +22,15 @@ sys.excepthook = report_user_error
 # -----------------------------------------------------------------------------
 nanogpt = '../nanoGPT' # the checkout of nanoGPT
 torch_python = 'python' # a Python that has torch
-case = 'readme_cpu' # or shakespeare_char, shakespeare_loss, gpt2, generate, sample; or a list: a,b
+case = 'readme_cpu' # or shakespeare_char, readme_loss, shakespeare_loss, gpt2, generate, sample; or a
+                    # list: a,b
 rounds = 3 # runs of each contender
 max_iters = 0 # iterations of a run, 0 for the case's own number
 torch_compile = 'both' # 'eager', 'compile' (by torch.compile), or 'both', alternating
 device = 'cpu' # of both projects: 'cpu' or 'cuda'
 micro_batches = '12,24,32,48,64' # gpt2: the micro-batch sizes to try
-loss_seeds = '1337,1338,1339' # of shakespeare_loss: a run of each project for every seed
+loss_seeds = '1337,1338,1339' # of readme_loss and shakespeare_loss: a run of each for every seed
+logs = '' # a folder for the output of these runs, which tools.plot reads; '' for none
 from configurator import configure
 configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------
@@ -111,17 +113,25 @@ def timed(name):
              f'{statistics.median(walls[c]):.1f} s') for c, t in times.items()])
 
 
+LOSSES = {'readme_loss': [*README_CPU, '--eval_iters=500', '--max_iters=2000'],
+          'shakespeare_loss': ['config/train_shakespeare_char.py']}
+
+
 def best_losses(name):
-    """The best validation loss of config/train_shakespeare_char.py unchanged, and the time of the
-    whole process, for each seed."""
+    """The best validation loss, and the time of the whole process, for each seed."""
     rows = []
     for contender in contenders:
         for seed in loss_seeds.split(','):
             with tempfile.TemporaryDirectory() as folder:
-                flags = ['config/train_shakespeare_char.py', f'--out_dir={folder}/run']
+                flags = [*LOSSES[name], f'--out_dir={folder}/run']
                 if max_iters:
                     flags.append(f'--max_iters={max_iters}')
                 out, wall = run(contender, 'train.py', *flags, seed=seed)
+            if logs:
+                os.makedirs(logs, exist_ok=True)
+                log = os.path.join(logs, f'{contender}-{seed}.log'.replace(' ', '-'))
+                with open(log, 'w', encoding='utf-8') as f:
+                    f.write(out)
             losses = re.findall(r'^step \d+: .* val loss ([\d.]+)', out, re.M)
             rows.append((contender, seed, min(map(float, losses)), f'{wall:.0f} s'))
             print(name, *rows[-1])
@@ -167,40 +177,41 @@ TORCH_GENERATE = """
 import contextlib, time, torch
 from model import GPT, GPTConfig
 model = GPT(GPTConfig(dropout=0.0, bias=False, **{shape})).eval().to('{device}')
-idx = torch.zeros((1, 1), dtype=torch.long, device='{device}')
+idx = torch.zeros(({batch}, 1), dtype=torch.long, device='{device}')
 on_gpu = '{device}' == 'cuda'
 autocast = torch.amp.autocast('cuda', torch.bfloat16) if on_gpu else contextlib.nullcontext()
 with torch.no_grad(), autocast:
     model.generate(idx, 5, top_k=65)
     t0 = time.time()
-    for _ in range({n}):
+    for _ in range({n} // {batch}):
         model.generate(idx, {tokens}, top_k=65).tolist()
 print('loop:', time.time() - t0, 's,')
 """
 
 
 def generate(name):
-    """Seconds of generate alone, from one token on: nanoGPT generates one sample after the other,
-    this port all of them at once."""
+    """Seconds of generate alone, from one token on: this port generates all samples at once,
+    nanoGPT's sample.py one after the other; its model can generate them at once too."""
     rows = []
     for model, (shape, n, tokens) in GENERATED.items():
-        ours = [sys.executable, os.path.join(ROOT, 'bench_jax.py'), f'--device={device}',
-                f'--batch_size={n}', f'--max_new_tokens={tokens}',
-                *(f'--{key}={value}' for key, value in shape.items())]
-        theirs = [torch_python, '-c',
-                  TORCH_GENERATE.format(shape=shape, device=device, n=n, tokens=tokens)]
-        times = {'JAX': [], 'PyTorch': []}
+        bench = [sys.executable, os.path.join(ROOT, 'bench_jax.py'), f'--device={device}',
+                 f'--batch_size={n}', f'--max_new_tokens={tokens}',
+                 *(f'--{key}={value}' for key, value in shape.items())]
+        commands = {'JAX': (bench, None)} | {
+            way: ([torch_python, '-c', TORCH_GENERATE.format(
+                shape=shape, device=device, n=n, tokens=tokens, batch=batch)], nanogpt)
+            for way, batch in {'PyTorch, a batch': n, 'PyTorch, one by one': 1}.items()}
+        times = {way: [] for way in commands}
         for _ in range(rounds):
-            for contender, command, folder in (('JAX', ours, None), ('PyTorch', theirs, nanogpt)):
+            for contender, (command, folder) in commands.items():
                 out, _ = process(command, folder)
                 times[contender].append(float(re.search(r': ([\d.]+) s,', out)[1]))
                 print(f'{name}, {model}, {contender}: {times[contender][-1]:.3f} s')
-        jax_time, torch_time = (statistics.median(t) for t in times.values())
-        rows.append((model, f'{n} of {tokens}', f'{jax_time:.2f} s', f'{torch_time:.2f} s',
-                     f'{torch_time / jax_time:.1f}', f'{n * tokens / jax_time:,.1f}',
-                     f'{n * tokens / torch_time:,.1f}'))
-    report([name, 'samples', 'JAX', 'PyTorch', 'PyTorch against JAX', 'tokens/s, JAX',
-            'tokens/s, PyTorch'], rows)
+        ours, *theirs = (statistics.median(t) for t in times.values())
+        rows.append((model, f'{n} of {tokens}', *(f'{t:.2f} s' for t in (ours, *theirs)),
+                     *(f'{t / ours:.1f}' for t in theirs), f'{n * tokens / ours:,.1f}'))
+    report([name, 'samples', *commands, *(f'{way} / JAX' for way in [*commands][1:]),
+            'tokens/s, JAX'], rows)
 
 
 def sample(name):
@@ -226,7 +237,8 @@ def sample(name):
              f'{medians[variant] / medians["JAX"]:.2f}') for variant, wall in walls.items()])
 
 
-cases = {'readme_cpu': timed, 'shakespeare_char': timed, 'shakespeare_loss': best_losses,
+cases = {'readme_cpu': timed, 'shakespeare_char': timed,
+         'readme_loss': best_losses, 'shakespeare_loss': best_losses,
          'gpt2': gpt2, 'generate': generate, 'sample': sample}
 for each in case.split(','):
     if each not in cases:
