@@ -36,7 +36,7 @@ each_document = pytest.mark.parametrize('document', DOCUMENTS)
 ELSEWHERE = {
     'train.py', 'model.py', 'sample.py', 'bench.py',  # nanoGPT's
     'checksums.json', 'val_loss.json', 'config.json', 'model.safetensors',  # in folders of weights
-    'path/to/gpt2', 'prompt.txt', 'train.log',  # a reader's own
+    'path/to/gpt2', 'prompt.txt', 'train.log', 'logs/*.log',  # a reader's own
     'train/loss', 'val/loss', 'refs/convert/parquet'}  # names in wandb, a branch on the hub
 # nanoGPT's scripts, and ours that take the same flags
 COUNTERPART = {'train.py': 'train_jax.py', 'sample.py': 'sample_jax.py', 'bench.py': 'bench_jax.py'}
@@ -50,7 +50,8 @@ SHORT = {'train_jax.py': ['--device=cpu', '--max_iters=0', '--eval_iters=1', '--
          'sample_jax.py': ['--device=cpu', '--num_samples=1', '--max_new_tokens=3']}
 RESUMED = ['--device=cpu', '--max_iters=1', '--eval_iters=1']  # the shape is the checkpoint's
 NOT_SHORT = {'test_jax_transformer': 'a suite of tests', 'gpt2': 'large, or a download',
-             'ckpt.pt': 'needs torch', '../nanoGPT/': 'needs a log of nanoGPT',
+             'openwebtext': 'downloads 54 GB', 'ckpt.pt': 'needs torch',
+             '../nanoGPT/': 'needs a log of nanoGPT',
              'data/shakespeare/': 'downloads a tokenizer', 'out-shakespeare ': 'needs that data'}
 
 # all that train.py, model.py, sample.py and bench.py of nanoGPT (commit 3adf61e) use of torch and
