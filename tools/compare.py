@@ -22,8 +22,8 @@ sys.excepthook = report_user_error
 # -----------------------------------------------------------------------------
 nanogpt = '../nanoGPT' # the checkout of nanoGPT
 torch_python = 'python' # a Python that has torch
-case = 'readme_cpu' # or shakespeare_char, readme_loss, shakespeare_loss, gpt2, generate, sample; or a
-                    # list: a,b
+case = 'readme_cpu' # or shakespeare_char, readme_loss, shakespeare_loss, gpt2, generate, sample; or
+                    # a list: a,b
 rounds = 3 # runs of each contender
 max_iters = 0 # iterations of a run, 0 for the case's own number
 torch_compile = 'both' # 'eager', 'compile' (by torch.compile), or 'both', alternating

@@ -54,16 +54,12 @@ def cell(text, names):
 
 
 def table(path):
-    settings, training = (entries(config_block(os.path.join(ROOT, p)))
-                          for p in (path, 'train_jax.py'))
-    meanings = {name: rest[1] for name, *rest in training if rest}
+    settings = entries(config_block(os.path.join(ROOT, path)))
     names = [name for name, *rest in settings if rest and '_' in name]
     yield '| flag | default | meaning |\n| --- | --- | --- |'
     for name, *rest in settings:
         if rest:
-            default, meaning = rest
-            meaning = meaning or meanings.get(name, '')  # "as in train_jax.py"
-            yield f'| `--{name}` | `{default}` | {cell(meaning, names)} |'
+            yield f'| `--{name}` | `{rest[0]}` | {cell(rest[1], names)} |'
         else:
             yield f'| **{name}** | | |'
 
