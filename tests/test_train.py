@@ -178,7 +178,7 @@ def test_without_always_save_checkpoint_only_improvements_and_the_end_are_saved(
     # with a learning rate of 0 nothing improves after the first evaluation
     out = train(folder, '--max_iters=8', '--always_save_checkpoint=False', '--learning_rate=0.0',
                 '--min_lr=0.0')
-    assert 'saving checkpoint' not in out and steps_on_disk(folder / 'out_jax') == [9]
+    assert out.count('saving checkpoint') == 1 and steps_on_disk(folder / 'out_jax') == [9]
 
 
 def test_a_second_run_does_not_overwrite_the_first(folder):

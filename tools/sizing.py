@@ -1,6 +1,6 @@
 """
 What a model and a run will need, before they start: parameters, FLOPs and activations by part,
-memory, the size of a checkpoint, days of training, and the compute-optimal number of tokens.
+memory, the size of a checkpoint, the time of training, and the compute-optimal number of tokens.
 Nothing is computed on a device, so no GPU is needed.
 $ python -m tools.sizing
 $ python -m tools.sizing config/train_shakespeare_char.py
@@ -24,7 +24,7 @@ from nanogpt_jax.devices import attention_path, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.ops import causal_attention
 from nanogpt_jax.pretrained import GPT2_SHAPES
-from nanogpt_jax.tokenizer import load_meta
+from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
 from tools import print_table
 
 sys.excepthook = report_user_error
@@ -79,9 +79,10 @@ if init_from in GPT2_SHAPES:
 elif vocab_size:
     vocab_source = 'as given'
 else:
-    meta = os.path.join('data', dataset, 'meta.pkl')
-    vocab_size = load_meta(os.path.dirname(meta))[0]
-    vocab_source = f'of {meta}' if vocab_size else f"GPT-2's padded, since there is no {meta}"
+    data_dir = os.path.join('data', dataset)
+    vocab_size = load_vocabulary(data_dir)[0]
+    vocab_source = (f'of {find_vocabulary(data_dir)}' if vocab_size else
+                    f"GPT-2's padded, since there is no {os.path.join(data_dir, 'meta.pkl')}")
     vocab_size = vocab_size or GPTConfig.vocab_size
 GPTConfig(n_embd=n_embd, n_head=n_head, dtype=dtype)  # checks these before attention_path uses them
 gpu = SimpleNamespace(device_kind='an NVIDIA GPU', compute_capability='9.0')
@@ -216,14 +217,29 @@ def print_memory(activations):
     print()
 
 
-def print_days():
+def duration(seconds):
+    """Three digits, in the largest unit of which it is at least one."""
+    units = (('days', 86400), ('hours', 3600), ('minutes', 60), ('seconds', 1))
+    name, length = next((unit for unit in units if seconds >= unit[1]), units[-1])
+    return f'{seconds / length:.3g} {name}'
+
+
+def print_time():
+    speed = n_devices * peak * utilization
+
     def cells(flops):
-        return f'{flops:.3e}', f'{flops / (n_devices * peak * utilization) / 86400:.3g}'
+        return f'{flops:.3e}', duration(flops / speed)
     print_table((f'{max_iters:,} iterations of {tokens_per_iter:,} tokens: {short(tokens)}',
-                 'FLOP', 'days'),
+                 'FLOP', 'time'),
                 [('by 6N + 12LHQT', *cells(flops_per_token * tokens)),
                  ('by 6N', *cells(6 * n_params * tokens))], markdown=False)
-    print(f'with {n_devices} devices of {peak / 1e12:g} TFLOP/s and an mfu of {utilization:.0%}\n')
+    print(f'with {n_devices} device{"s" * (n_devices > 1)} of {peak / 1e12:g} TFLOP/s '
+          f'and an mfu of {utilization:.0%}')
+    per_iter = flops_per_token * tokens_per_iter / speed
+    if per_iter < 1e-2:
+        print(f'that is {per_iter * 1000:.2g} ms per iteration; steps so short do not reach that '
+              'mfu, on several devices least of all: time them with bench_jax.py')
+    print()
 
 
 def short(x):
@@ -283,5 +299,5 @@ print_table(('parameters without wpe, N', f'{n_params:,}'), [
     ('6N + 12LHQT, which mfu is counted by', f'{flops_per_token:,.0f}')], markdown=False)
 print()
 print_memory(activations)
-print_days()
+print_time()
 print_laws()
