@@ -150,6 +150,7 @@ def byte_fallback():
     made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token='<unk>'))
     d, n = tokenizers.decoders, tokenizers.normalizers
     made.normalizer = n.Sequence([n.Prepend('\u2581'), n.Replace(' ', '\u2581')])
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split('\u2581', 'merged_with_next')
     made.decoder = d.Sequence([d.Replace('\u2581', ' '), d.ByteFallback(), d.Fuse(),
                                d.Strip(' ', 1, 0)])
     names = ['<unk>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
