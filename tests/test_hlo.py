@@ -113,6 +113,17 @@ def test_a_tpus_collectives_are_counted_once_and_by_what_they_send():
         ('all-reduce', 4 * 64 * 16, 8, 1, False)]  # not fused with its slice
 
 
+def test_the_input_of_a_gpus_all_reduce_is_not_counted():
+    program = """
+ENTRY %main.9 (p: f32[8]) -> f32[8] {
+  %all-reduce-start = ((f32[64]{0}, f32[8]{0}), f32[64]{0}, f32[8]{0}) all-reduce-start(%p, %q), \
+channel_id=1, replica_groups=mesh['data'=8,'fsdp'=1] {'data'}, to_apply=%add
+  %other = (f32[64]{0}, f32[8]{0}) all-reduce-start(%p, %q), replica_groups={}, to_apply=%add
+}
+"""
+    assert collectives(program, 8) == 2 * [('all-reduce', 4 * 72, 8, 1, False)]
+
+
 def test_cycles_are_added_up_by_part_of_the_model():
     program = """
 ENTRY %main.9 (p: f32[8]) -> f32[8] {

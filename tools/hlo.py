@@ -163,6 +163,7 @@ def array_bytes(op, devices):
                   if op[3] != 'collective-permute' or shape)  # its type has counters, too
     if op[4] and op[3] in ('all-gather', 'reduce-scatter'):  # its type has both shard and array
         return n_bytes * devices // (devices + 1)
-    if op[4] and op[3] == 'collective-permute':  # its type has what is sent and what is received
+    # their types have what is sent and what is received; a GPU's all-reduce the former in a tuple
+    if op[4] and (op[3] == 'collective-permute' or op[3] == 'all-reduce' and op[2][:2] == '(('):
         return n_bytes // 2
     return n_bytes * devices if op[3] == 'reduce-scatter' else n_bytes
