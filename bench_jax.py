@@ -21,6 +21,7 @@ from jax_transformer import GPT, GPTConfig
 from nanogpt_jax import devices as machine
 from nanogpt_jax import sharding
 from nanogpt_jax.errors import report_user_error
+from nanogpt_jax.paths import data_dir_of
 from nanogpt_jax.sampling import check_sampling_memory, sampling_weights
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
@@ -106,7 +107,7 @@ _, grad_accum_steps = sharding.split_global_batch(
 if cost := sharding.describe_small_micro_batches(
         global_batch_size, micro_batch_size, 1, grad_accum_steps):
     print(cost)
-data_dir = os.path.join('data', dataset)
+data_dir = data_dir_of(dataset)
 if real_data:
     utils.count_tokens(data_dir, 'train', block_size)
     utils.check_tokens(data_dir, vocab_size, splits=('train',))

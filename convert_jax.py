@@ -23,6 +23,7 @@ from jax_transformer import GPT_ARGS, GPTConfig, export_torch_weights, load_torc
 from nanogpt_jax.checkpoint import steps_on_disk
 from nanogpt_jax.devices import select_devices
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
+from nanogpt_jax.paths import data_dir_of, is_remote
 from nanogpt_jax.pretrained import CONV1D
 from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import end_of_text, load_vocabulary, make_tokenizer
@@ -183,7 +184,7 @@ def nanogpt_to_run():
     model_args = {name: getattr(config, name) for name in GPT_ARGS}
     shape = {name: value for name, value in model_args.items() if name != 'vocab_size'}
     settings = {'always_save_checkpoint': True} | ckpt['config'] | shape
-    vocabulary = vocabulary_of(config, os.path.join('data', str(settings.get('dataset', ''))))
+    vocabulary = vocabulary_of(config, data_dir_of(str(settings.get('dataset', ''))))
     iter_num = int(ckpt['iter_num'])
     with Checkpoints(dst) as checkpoints:
         checkpoints.save(state, iter_num, float(ckpt['best_val_loss']), model_args, settings,
@@ -288,6 +289,9 @@ if format not in makers:
 for name, value in (('src', src), ('dst', dst)):
     if not value:
         raise UserError(f'give --{name}, the path to {"read" if name == "src" else "write"}')
+if format != 'jax' and is_remote(dst):
+    raise UserError(f'cannot write {dst}: only --format=jax writes to a bucket; give a path on '
+                    'this machine')
 if format != 'jax' and os.path.exists(dst):
     raise UserError(f'{dst} exists, and is not overwritten; choose another --dst')
 try:

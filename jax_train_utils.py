@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_transformer import GPT
+from nanogpt_jax import paths
 # handed on, so that a script gets optimizer, schedule, batches and checkpoints from one file
 from nanogpt_jax.checkpoint import Checkpoints as Checkpoints
 from nanogpt_jax.checkpoint import steps_on_disk as steps_on_disk
@@ -75,7 +76,7 @@ def create_optimizer(schedule, weight_decay, betas, grad_clip):
 
 
 # -----------------------------------------------------------------------------
-# data: raw uint16 token ids in data/<dataset>/train.bin and val.bin
+# data: raw uint16 token ids in data/<dataset>/train.bin and val.bin, or in a bucket
 
 TRAIN, EVAL = 0, 1  # purposes that batches are drawn for
 ALL_IDS = 2 ** 16  # a vocabulary that has every uint16
@@ -92,15 +93,18 @@ def batch_offsets(n, n_offsets, seed, iter_num, purpose):
 
 def count_tokens(data_dir, split, block_size):
     """Number of tokens in a split. Raises UserError if no batch can be drawn from it."""
-    path = os.path.join(data_dir, f'{split}.bin')
+    path = paths.join(data_dir, f'{split}.bin')
+    size = paths.file_size(path)
     script = os.path.join(data_dir, 'prepare.py')
-    if not os.path.exists(path):
+    if size is None and paths.is_remote(path):
+        raise UserError(f'{path} does not exist: prepare the data on some machine, and copy its '
+                        f'files to {data_dir}')
+    if size is None and os.path.exists(path):
+        raise UserError(f'{path} is no file: remove it, and prepare the data with python {script}')
+    if size is None:
         hint = '. That is large; for a first run see config/train_pydoc_char.py'
         raise UserError(f'{path} does not exist: prepare the data first, with python {script}'
                         + (hint if data_dir.endswith('openwebtext') else ''))
-    if not os.path.isfile(path):
-        raise UserError(f'{path} is no file: remove it, and prepare the data with python {script}')
-    size = os.path.getsize(path)
     if size % 2 or size // 2 < block_size + 1:
         raise UserError(f'{path} has {size} bytes; it must have token ids of two bytes each, at '
                         f'least block_size + 1 = {block_size + 1}')
@@ -113,9 +117,13 @@ def check_tokens(data_dir, vocab_size, splits=('train', 'val')):
     In a larger file the others are checked as they are read, by read_sequences.
     """
     for split in splits:
-        path = os.path.join(data_dir, f'{split}.bin')
+        path = paths.join(data_dir, f'{split}.bin')
         try:
-            check_ids(path, np.fromfile(path, np.uint16, count=TOKENS_AT_START), vocab_size)
+            if paths.is_remote(path):
+                tokens = np.frombuffer(paths.read_ranges(path, [0], 2 * TOKENS_AT_START), np.uint16)
+            else:
+                tokens = np.fromfile(path, np.uint16, count=TOKENS_AT_START)
+            check_ids(path, tokens, vocab_size)
         except OSError as e:
             raise UserError(f'cannot read {path} ({e.strerror or e})') from e
 
@@ -134,14 +142,9 @@ def read_sequences(data_dir, split, offsets, block_size, vocab_size=ALL_IDS):
 
     Raises UserError for an id that is not below vocab_size.
     """
-    path, sequences = os.path.join(data_dir, f'{split}.bin'), []
-    # read() instead of a memory map: a new map per batch costs more in page faults than reading,
-    # and a map that stays open counts all pages it ever read as this process's memory
-    with open(path, 'rb', buffering=0) as f:
-        for offset in offsets:
-            f.seek(2 * int(offset))
-            sequences.append(f.read(2 * (block_size + 1)))
-    tokens = np.frombuffer(b''.join(sequences), np.uint16)
+    path = paths.join(data_dir, f'{split}.bin')
+    starts = [2 * int(offset) for offset in offsets]
+    tokens = np.frombuffer(paths.read_ranges(path, starts, 2 * (block_size + 1)), np.uint16)
     check_ids(path, tokens, vocab_size)
     return tokens.reshape(len(offsets), block_size + 1).astype(np.int32)
 
@@ -154,10 +157,11 @@ def load_batch(mesh, data_dir, split, offsets, block_size, vocab_size=ALL_IDS):
     """
     tokens = np.zeros((*offsets.shape, block_size + 1), np.int32)
     sharding = batch_sharding(mesh, tokens.ndim)  # splits B, so it fits offsets too
+    own = np.zeros(offsets.shape, bool)
     for index in sharding.addressable_devices_indices_map(offsets.shape).values():
-        own = read_sequences(data_dir, split, offsets[index].clip(0).ravel(), block_size,
-                             vocab_size)
-        tokens[index] = own.reshape(*offsets[index].shape, -1)
+        own[index] = True
+    # in one call, since a bucket takes long to answer, but can answer many at the same time
+    tokens[own] = read_sequences(data_dir, split, offsets[own].clip(0), block_size, vocab_size)
     x, y = tokens[..., :-1], np.where(offsets[..., None] < 0, -1, tokens[..., 1:])
     return shard_batch(mesh, x, y)
 

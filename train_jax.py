@@ -27,6 +27,7 @@ from nanogpt_jax.metrics import (
     MetricsFile, StepLog, check_finite, check_wandb, progress, start_wandb,
 )
 from nanogpt_jax.lock import hold_out_dir
+from nanogpt_jax.paths import data_dir_of
 from nanogpt_jax.processes import StopRequest, keep_stdout_open, start_processes
 from nanogpt_jax.sharding import (
     choose_micro_batch_size, describe_small_micro_batches, mesh_for_batch, state_bytes,
@@ -149,7 +150,7 @@ if compute_type != dtype:
     print(f'computing in {compute_type}, as nanoGPT does on this device, not in {dtype}')
 
 # data
-data_dir = os.path.join('data', dataset)
+data_dir = data_dir_of(dataset)
 for split in ('train', 'val'):
     utils.count_tokens(data_dir, split, block_size) # complains now, not at the first evaluation
 meta_vocab_size, vocabulary = load_vocabulary(data_dir) # None, None: GPT-2's BPE
@@ -281,7 +282,7 @@ start_iter = iter_num
 log = StepLog(start_iter, max_iters, eval_interval, tokens_per_iter,
               lambda dt: model.estimate_mfu(global_batch_size, dt, peak),
               schedule, metrics_file, checkpoints.describe_valid)
-with stop, checkpoints: # closes them at the end
+with stop, checkpoints, log: # closes them at the end
     while iter_num <= max_iters and not stop.reached():
 
         # every eval_interval: the losses of both splits, and a checkpoint

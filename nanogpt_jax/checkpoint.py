@@ -1,7 +1,8 @@
 """
 Checkpoints: out_dir/<iter_num>/ with the items params, optimizer (its state and the loss scale) and
 meta (JSON, with a checksum of each array), written by Orbax in the background and renamed into
-place once complete. They hold arrays and JSON only, so reading one runs no code.
+place once complete (in a bucket: marked as complete). They hold arrays and JSON only, so reading
+one runs no code.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from nanogpt_jax import paths
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.lock import check_out_dir
 
@@ -83,7 +85,7 @@ def check_files(folder, item):
 
     Checkpoints have had that file until their arrays and their JSON got checksums of their own.
     """
-    with open(os.path.join(folder, 'checksums.json'), encoding='utf-8') as f:
+    with paths.open_file(paths.join(folder, 'checksums.json')) as f:
         expected = {path: digest for path, digest in json.load(f).items()
                     if path.split(os.sep)[0] == item}
     if not expected:
@@ -109,9 +111,22 @@ def hide_orbax_coroutines(unraisable):
 
 def steps_on_disk(out_dir):
     """The iterations that a folder has checkpoints of, ascending, valid or not."""
-    if not os.path.isdir(out_dir):
+    if not paths.is_dir(out_dir):
         return []
+    if paths.is_remote(out_dir):  # no rename is atomic there: a marker is written last
+        return sorted(int(name) for name in paths.listdir(out_dir) if name.isdecimal()
+                      and ocp.utils.is_checkpoint_finalized(paths.join(out_dir, name)))
     return sorted(int(e.name) for e in os.scandir(out_dir) if e.name.isdecimal() and e.is_dir())
+
+
+def remove_unfinished(out_dir):
+    """Delete what a killed save has left in a bucket."""
+    # Orbax would take every folder without its marker for that: other data in the bucket too
+    if paths.is_dir(out_dir):
+        finished = steps_on_disk(out_dir)
+        for name in paths.listdir(out_dir):
+            if name.isdecimal() and int(name) not in finished:
+                paths.remove_tree(paths.join(out_dir, name))
 
 
 class Manager(ocp.CheckpointManager):
@@ -147,16 +162,19 @@ class Checkpoints:
         self.blocked, self.saves = 0.0, 0  # seconds spent in save(), and number of calls
         self.val_losses = {}
         sys.unraisablehook = hide_orbax_coroutines
+        remote = paths.is_remote(out_dir)
+        if remote and not read_only and jax.process_index() == 0:
+            remove_unfinished(out_dir)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=KeepLatestAndBest(self.best), read_only=read_only,
-            cleanup_tmp_directories=not read_only)
+            cleanup_tmp_directories=not read_only and not remote)
         # zstd takes most of a save's processor time, and makes it a few percent smaller
         registry = ocp.handlers.create_default_handler_registry(
             **{item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ARRAYS})
         try:
-            self.manager = Manager(os.path.abspath(out_dir), options=options,
+            self.manager = Manager(paths.absolute(out_dir), options=options,
                                    handler_registry=registry)
-            if not read_only and not os.access(out_dir, os.W_OK | os.X_OK):
+            if not read_only and not remote and not os.access(out_dir, os.W_OK | os.X_OK):
                 raise PermissionError('no permission')
         except OSError as e:
             raise UserError(f'cannot write to {out_dir}: {e}; choose another --out_dir') from e
@@ -176,7 +194,7 @@ class Checkpoints:
         return steps_on_disk(self.out_dir)
 
     def folder(self, step):
-        return os.path.join(self.out_dir, str(step))
+        return paths.join(self.out_dir, str(step))
 
     def best(self):
         """The iteration with the lowest validation loss, or None if none was evaluated."""
@@ -214,16 +232,16 @@ class Checkpoints:
         """Add the validation loss of a checkpoint that was saved without one."""
         self.val_losses[step] = val_loss
         if jax.process_index() == 0:
-            with open(os.path.join(self.folder(step), VAL_LOSS), 'w', encoding='utf-8') as f:
+            with paths.open_file(paths.join(self.folder(step), VAL_LOSS), 'w') as f:
                 json.dump(seal({'val_loss': val_loss}), f)
 
     def _read_val_loss(self, step):
         """The validation loss of a checkpoint, or None: not evaluated, or damaged."""
-        path = os.path.join(self.folder(step), VAL_LOSS)
+        path = paths.join(self.folder(step), VAL_LOSS)
         try:
-            if not os.path.exists(path):
+            if not paths.exists(path):
                 return self.meta(step).get('val_loss')
-            with open(path, encoding='utf-8') as f:
+            with paths.open_file(path) as f:
                 val_loss = json.load(f)
             # a bare number in checkpoints that have a checksums.json
             return val_loss if isinstance(val_loss, float) else unseal(val_loss)['val_loss']
@@ -267,7 +285,7 @@ class Checkpoints:
         for later in [s for s in self.val_losses if s > step]:
             if jax.process_index() == 0:
                 name = f'damaged-{later}-{time.time_ns()}'
-                os.replace(self.folder(later), os.path.join(self.out_dir, name))
+                paths.replace(self.folder(later), paths.join(self.out_dir, name))
             del self.val_losses[later]
         multihost_utils.sync_global_devices('damaged checkpoints are renamed')
         self.manager.reload()

@@ -13,6 +13,7 @@ try:
 except ImportError:
     fcntl = None  # Windows: nothing keeps two runs apart there
 
+from nanogpt_jax import paths
 from nanogpt_jax.errors import UserError
 
 LOCK = 'run.lock'
@@ -23,10 +24,13 @@ def check_out_dir(out_dir, must_exist):
     """Raise UserError for an out_dir that is no folder, or does not exist though it must."""
     if not out_dir:
         raise UserError('out_dir is empty: give a folder, as in --out_dir=out_jax')
-    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+    if paths.is_remote(out_dir) and paths.scheme(out_dir) != 'gs':
+        raise UserError(f'cannot use {out_dir} as out_dir: Orbax keeps checkpoints in folders and '
+                        'in gs:// only; give a folder, and copy it when the run has ended')
+    if paths.exists(out_dir) and not paths.is_dir(out_dir):
         raise UserError(f'cannot use {out_dir} as out_dir, since it is a file and not a folder: '
                         'give another --out_dir')
-    if must_exist and not os.path.isdir(out_dir):
+    if must_exist and not paths.is_dir(out_dir):
         raise UserError(f'{out_dir} does not exist, so there is no checkpoint: train first, '
                         'or give another --out_dir')
 
@@ -40,6 +44,11 @@ def hold_out_dir(out_dir, resume=False):
     """
     check_out_dir(out_dir, must_exist=resume)
     release_out_dir()
+    if paths.is_remote(out_dir):
+        check_writable(out_dir)
+        print(f'WARNING: {out_dir} cannot be locked, as it is in a bucket: take care that no other '
+              'run writes to it')
+        return
     path = pathlib.Path(out_dir).absolute()
     try:
         new = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -52,6 +61,14 @@ def hold_out_dir(out_dir, resume=False):
         raise UserError(f'cannot write to {out_dir}: {e}; choose another --out_dir') from e
     held.append((lock, path / LOCK, new))
     atexit.register(release_out_dir)
+
+
+def check_writable(out_dir):
+    """Raise UserError if nothing can be written to an out_dir in a bucket: now, not at the first
+    checkpoint."""
+    with paths.open_file(paths.join(out_dir, LOCK), 'w') as f:
+        f.write(f'process {os.getpid()} on {socket.gethostname()}')
+    paths.remove_tree(paths.join(out_dir, LOCK))
 
 
 def lock_file(path, out_dir):

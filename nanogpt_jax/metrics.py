@@ -7,10 +7,13 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
+import tempfile
 import time
 from datetime import timedelta
 
+from nanogpt_jax import paths
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 
 METRICS = 'metrics.jsonl'
@@ -68,6 +71,13 @@ class StepLog:
         self.pause_time = 0.0  # of the last pause
         self.estimated = False  # whether the time left has been printed
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.metrics_file:
+            self.metrics_file.upload()
+
     def queue(self, iter_num, metrics):
         """Remember the metrics of a step, arrays on the device, for the next flush."""
         # a CPU may compute a step before the call that starts it returns: it ended by now, not when
@@ -120,6 +130,7 @@ class StepLog:
             self.metrics_file.write(iter=iter_num, tokens=iter_num * self.tokens_per_iter,
                                     train_loss=losses['train'], val_loss=losses['val'],
                                     lr=float(self.schedule(iter_num)))
+            self.metrics_file.upload()
         if iter_num > self.start_iter:
             per_iter = (time.time() - self.start_time) / (iter_num - self.start_iter)
             self._print_time_left(per_iter * (self.max_iters + 1 - iter_num))
@@ -138,23 +149,32 @@ class MetricsFile:
     """out_dir/metrics.jsonl: a JSON object per line, for pandas.read_json(path, lines=True).
 
     A run that resumes at start_iter keeps the lines of earlier iterations. The file of another run
-    is renamed to metrics-<time>.jsonl.
+    is renamed to metrics-<time>.jsonl. In a bucket, what is there is what upload() has written.
     """
 
     def __init__(self, out_dir, start_iter):
-        self.path = os.path.join(out_dir, METRICS)
+        self.path, self.is_remote = paths.join(out_dir, METRICS), paths.is_remote(out_dir)
+        earlier = []
         try:
             if start_iter > 0:
                 earlier = [line for line in read_metrics(out_dir) if line['iter'] < start_iter]
-                with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
-                    f.writelines(json.dumps(line) + '\n' for line in earlier)
-                os.replace(self.path + '.tmp', self.path)
-            elif os.path.exists(self.path):
-                renamed = os.path.join(out_dir, f'metrics-{time.time_ns()}.jsonl')
-                os.replace(self.path, renamed)
-            self.file = open(self.path, 'a', encoding='utf-8', buffering=1)  # flushed line by line
-        except OSError as e:
+            elif paths.exists(self.path):
+                renamed = paths.join(out_dir, f'metrics-{time.time_ns()}.jsonl')
+                paths.replace(self.path, renamed)
+            self.file = self._file_with([json.dumps(line) + '\n' for line in earlier])
+        except (OSError, UserError) as e:
             self._disable(e)
+
+    def _file_with(self, lines):
+        """The file to write to, with these lines at its beginning."""
+        if self.is_remote:  # nothing can be appended to an object in a bucket
+            file = tempfile.TemporaryFile('w+', encoding='utf-8')
+            file.writelines(lines)
+            return file
+        with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(lines)
+        os.replace(self.path + '.tmp', self.path)
+        return open(self.path, 'a', encoding='utf-8', buffering=1)  # flushed line by line
 
     def write(self, **values):
         """Add a line; numbers that are not finite become null, as JSON has no others."""
@@ -166,6 +186,22 @@ class MetricsFile:
         except OSError as e:
             self._disable(e)
 
+    def upload(self):
+        """To a bucket, copy all lines: at each evaluation, before its checkpoint, and at the end.
+
+        So a resumed run finds all lines before its checkpoint. Folders have them already.
+        """
+        if self.file is None or not self.is_remote:
+            return
+        try:
+            self.file.seek(0)
+            with paths.open_file(self.path, 'w') as f:
+                shutil.copyfileobj(self.file, f)
+        except (OSError, UserError) as e:
+            print(f'WARNING: {self.path} is not up to date: {e}; training continues')
+        finally:
+            self.file.seek(0, os.SEEK_END)
+
     def _disable(self, error):
         print(f'WARNING: cannot write {self.path} ({error}); training continues without it')
         self.file = None
@@ -176,10 +212,9 @@ def read_metrics(path):
 
     Skips lines that a crash has cut off. An empty list if an out_dir has no such file.
     """
-    is_dir = os.path.isdir(path)
+    is_dir = paths.is_dir(path)
     try:
-        with open(os.path.join(path, METRICS) if is_dir else path,
-                  encoding='utf-8', errors='replace') as f:
+        with paths.open_file(paths.join(path, METRICS) if is_dir else path, errors='replace') as f:
             lines = f.readlines()
     except FileNotFoundError:
         if not is_dir:

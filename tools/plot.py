@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from nanogpt_jax import paths as files
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.metrics import read_metrics
 from tools import print_table
@@ -35,7 +36,8 @@ configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith('-')])
 
 sys.stdout.reconfigure(errors='replace')  # prints ? for a character that the terminal lacks
 paths = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
-names = labels.split(',') if labels else [os.path.basename(os.path.abspath(p)) for p in paths]
+names = labels.split(',') if labels else [
+    os.path.basename(files.absolute(p).rstrip('/')) for p in paths]
 if not labels and len(set(names)) < len(names):
     names = paths
 if not paths:
@@ -70,10 +72,10 @@ def read_events(path):
     """What a run logged, in order: (iteration, 1, loss, ms, tokens/s) for an iteration, and
     (iteration, 0, validation loss) for an evaluation, which precedes it. nan: unknown."""
     try:
-        if os.path.isdir(path) or path.endswith('.jsonl'):
+        if files.is_dir(path) or path.endswith('.jsonl'):
             yield from events_of_metrics(read_metrics(path))
         else:
-            with open(path, 'rb') as f:
+            with files.open_file(path, 'rb') as f:
                 yield from events_of_log(f)
     except (OSError, ValueError) as e:  # ValueError: no path has a NUL character
         raise UserError(f'cannot read {path} ({getattr(e, "strerror", e)}); give an out_dir of '

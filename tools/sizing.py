@@ -8,7 +8,6 @@ $ python -m tools.sizing --init_from=gpt2-xl --batch_size=4 --remat=True
 """
 
 import math
-import os
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from jax_transformer import GPTConfig
 from nanogpt_jax.devices import attention_path, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.ops import causal_attention
+from nanogpt_jax.paths import data_dir_of, join
 from nanogpt_jax.pretrained import GPT2_SHAPES
 from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
 from tools import print_table
@@ -79,10 +79,10 @@ if init_from in GPT2_SHAPES:
 elif vocab_size:
     vocab_source = 'as given'
 else:
-    data_dir = os.path.join('data', dataset)
+    data_dir = data_dir_of(dataset)
     vocab_size = load_vocabulary(data_dir)[0]
     vocab_source = (f'of {find_vocabulary(data_dir)}' if vocab_size else
-                    f"GPT-2's padded, since there is no {os.path.join(data_dir, 'meta.pkl')}")
+                    f"GPT-2's padded, since there is no {join(data_dir, 'meta.pkl')}")
     vocab_size = vocab_size or GPTConfig.vocab_size
 GPTConfig(n_embd=n_embd, n_head=n_head, dtype=dtype)  # checks these before attention_path uses them
 gpu = SimpleNamespace(device_kind='an NVIDIA GPU', compute_capability='9.0')
