@@ -172,8 +172,9 @@ class Checkpoints:
         registry = ocp.handlers.create_default_handler_registry(
             **{item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ARRAYS})
         try:
-            self.manager = Manager(paths.absolute(out_dir), options=options,
-                                   handler_registry=registry)
+            with paths.reached(out_dir) if remote else contextlib.nullcontext():
+                self.manager = Manager(paths.absolute(out_dir), options=options,
+                                       handler_registry=registry)
             if not read_only and not remote and not os.access(out_dir, os.W_OK | os.X_OK):
                 raise PermissionError('no permission')
         except OSError as e:
