@@ -87,7 +87,7 @@ def test_a_run_in_a_bucket_is_bit_for_bit_one_in_a_folder(folder, bucket):
     out += train(folder, '--init_from=resume', *REMOTE, '--max_iters=12')
     here = train(folder, '--out_dir=run', '--max_iters=12')
 
-    def losses(lines, out):  # a resumed run prints the iteration that it was stopped before once
+    def losses(lines, out):  # without the times
         return [found[:2] if lines is ITER else found for found in lines.findall(out)]
     assert losses(ITER, out) == losses(ITER, here) and losses(STEP, out) == losses(STEP, here)
     assert steps_in(bucket / 'run') == steps_in(folder / 'run') == ['12', '13']
@@ -192,7 +192,7 @@ def test_a_run_that_ends_between_evaluations_leaves_all_lines_in_its_bucket(fold
 # mistakes
 
 @pytest.mark.parametrize('flag, words', [
-    ('--out_dir=http://host/run', ('http://host/run', 'gs://BUCKET/NAME')),
+    ('--out_dir=http://host/run', ('http://host/run', 'a folder')),
     ('--out_dir=gs://', ('gs://BUCKET/NAME',)),
     ('--out_dir=s3://bucket/run', ('s3://bucket/run', 'Orbax', 'a folder')),
     ('--dataset=gcs://bucket/tiny', ('gcs://bucket/tiny', 'gs://BUCKET/NAME')),

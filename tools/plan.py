@@ -7,7 +7,6 @@ $ python -m tools.plan --target=v6e:2x4 --init_from=gpt2-xl --fsdp=8 --batch_siz
 """
 
 import math
-import os
 import sys
 import time
 
@@ -17,6 +16,7 @@ from jax_train_utils import check_settings, split_model
 from jax_transformer import GPTConfig
 from nanogpt_jax import devices as machine
 from nanogpt_jax.errors import UserError, report_user_error
+from nanogpt_jax.paths import data_dir_of
 from nanogpt_jax.pretrained import GPT2_SHAPES
 from nanogpt_jax.sharding import mesh_for_batch
 from nanogpt_jax.tokenizer import load_vocabulary
@@ -57,7 +57,7 @@ if init_from in GPT2_SHAPES:
 elif init_from != 'scratch':
     raise UserError(f'init_from is {init_from!r}; it must be scratch or one of '
                     f'{", ".join(GPT2_SHAPES)}')
-vocab_size = vocab_size or load_vocabulary(os.path.join('data', dataset))[0] or GPTConfig.vocab_size
+vocab_size = vocab_size or load_vocabulary(data_dir_of(dataset))[0] or GPTConfig.vocab_size
 devices = target_devices(target)
 mesh, grad_accum_steps = mesh_for_batch(
     devices, gradient_accumulation_steps * batch_size, batch_size, fsdp)
