@@ -101,18 +101,15 @@ def test_a_step_with_splash_attention_stores_no_scores():
     for attention in ('xla', 'splash'):
         config = GPTConfig(T, V, n_layer=2, n_head=nh, n_embd=nh * 64, dtype='bfloat16',
                            attention=attention)
-        step = targets.compile_step(config, make_mesh(devices), 2, B)
-        hlo = step.as_text()
+        hlo = targets.compile_step(config, make_mesh(devices), 2, B).as_text()
         shapes = stored_shapes(hlo)
         assert f'bf16[{B},{T},{V}]' in shapes and f'f32[{B},{T},{V}]' not in shapes  # the logits
         # of a part of the queries, or of all; the kernel stores their sums in 128 columns
         scores = [s for s in shapes if re.fullmatch(rf'\w+\[{B},{nh},\d{{3}},(256|384|512)\]', s)]
-        found[attention] = (len(scores), custom_calls(hlo, 'tpu_custom_call'),
-                            step.memory_analysis().temp_size_in_bytes)
-    n_scores, n_kernels, memory = found['xla']
+        found[attention] = len(scores), custom_calls(hlo, 'tpu_custom_call')
+    n_scores, n_kernels = found['xla']
     assert n_scores and not n_kernels  # so the search finds them
-    assert found['splash'][:2] == (0, 2 * 2 * 2)  # in 2 micro-steps, 2 layers and 2 passes
-    assert found['splash'][2] < memory
+    assert found['splash'] == (0, 2 * 2 * 2)  # in 2 micro-steps, 2 layers and 2 passes
 
 
 @needs_libtpu
