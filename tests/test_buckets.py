@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 from helpers import ITER, STEP, TINY, one_line_error, run_inside, saved, train
 from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 import jax_train_utils as utils
 from nanogpt_jax import paths
@@ -44,6 +45,9 @@ class LocalBuckets(LocalFileSystem):
             os.makedirs(os.path.dirname(path), exist_ok=True)
         return super()._open(path, mode, **kwargs)
 
+    def glob(self, path, **kwargs):  # epath puts gs:// before these
+        return [os.path.relpath(name, self.root) for name in super().glob(path, **kwargs)]
+
     def rm(self, path, **kwargs):
         super().rm(path, **kwargs)
         with contextlib.suppress(OSError):
@@ -63,10 +67,11 @@ def bucket(folder, monkeypatch):
     monkeypatch.setattr(LocalBuckets, 'root', str(root))
     monkeypatch.setattr(LocalBuckets, 'ranges', [])
     monkeypatch.setenv('EPATH_USE_TF', 'false')  # else an installed tensorflow looks for gs://
-    # orbax writes arrays through tensorstore's driver, and asks Google's client for one property
-    monkeypatch.setattr(gcs_utils, 'get_kvstore_for_gcs', lambda path: {
-        'driver': 'file', 'path': path.replace('gs:/', str(root))
-        + '/' * (not path.endswith('/_sharding'))})  # the one file that is asked for by its name
+    # orbax reads and writes arrays by tensorstore's drivers, not by fsspec, and asks a client of
+    # Google's for one property of a bucket
+    monkeypatch.setattr(tensorstore_utils, '_use_gcs_driver', lambda path: False)
+    monkeypatch.setattr(tensorstore_utils, '_normalize_path',
+                        lambda path: os.path.normpath(path.replace('gs:/', str(root))))
     monkeypatch.setattr(gcs_utils, 'is_hierarchical_namespace_enabled', lambda path: False)
     paths.remote_size.cache_clear()
     shutil.copytree(folder / 'data' / 'tiny', root / 'bucket' / 'tiny')
