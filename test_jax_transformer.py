@@ -240,6 +240,14 @@ def test_a_tensor_is_sharded_along_its_first_divisible_dimension():
 
 
 @area('devices')
+def test_only_kernels_are_gathered_in_the_compute_type():
+    params = nnx.to_pure_dict(nnx.state(tiny(bias=True), nnx.Param))
+    cast = sharding.cast_kernels(params, 'bfloat16')
+    for path, p in jax.tree.leaves_with_path(cast):
+        assert p.dtype == ('bfloat16' if path[-1].key == 'kernel' else 'float32'), path
+
+
+@area('devices')
 def test_launchers_are_recognized_by_their_environment_variables():
     from unittest import mock
     for env, want in (

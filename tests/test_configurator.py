@@ -127,7 +127,8 @@ def test_a_config_file_can_change_nothing_but_settings(tmp_path):
 
 
 @pytest.mark.parametrize('content', ['\ufeffbatch_size = 3', 'batch_size = numpy.int64(3)',
-                                     'batch_size: int = 3', 'globals().update(batch_size=3)'])
+                                     'batch_size: int = 3', 'batch_size = 3e0',
+                                     'globals().update(batch_size=3)'])
 def test_a_config_file_may_have_a_byte_order_mark_and_set_in_any_way(tmp_path, content):
     (tmp_path / 'c.py').write_text(content, encoding='utf-8')
     config, given = configure(settings() | {'numpy': numpy}, [str(tmp_path / 'c.py')])
