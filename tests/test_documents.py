@@ -244,7 +244,7 @@ def test_the_flags_page_has_each_flag_with_its_default_and_meaning(script):
 @pytest.mark.parametrize('script', PREPARE)
 def test_the_readme_of_a_data_set_names_its_flags(script):
     readme = read(script.replace('prepare.py', 'readme.md'))
-    flags = re.findall(r"add_argument\(\s*'(--\w+)'", read(script))
+    flags = re.findall(r"\badd(?:_argument)?\(\s*'(--\w+)'", read(script))
     assert_none([f'no word of {flag}' for flag in flags if flag not in readme])
 
 
