@@ -30,11 +30,12 @@ from nanogpt_jax.sharding import make_mesh
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# a model that trains in milliseconds; every run of these tests starts from these flags
+# a model that trains in milliseconds; every run of these tests starts from these flags, and so ends
+# soon where it should have been refused
 TINY = ['--dataset=tiny', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32',
         '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2',
-        '--eval_interval=4', '--warmup_iters=2', '--lr_decay_iters=20', '--learning_rate=1e-2',
-        '--min_lr=1e-3']
+        '--eval_interval=4', '--max_iters=20', '--warmup_iters=2', '--lr_decay_iters=20',
+        '--learning_rate=1e-2', '--min_lr=1e-3']
 
 # runs compile without most of XLA's optimizations, in half the time, unless OPTIMIZED is given:
 # what they claim does not depend on them

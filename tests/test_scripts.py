@@ -239,8 +239,9 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_one_line(folder):
 # bench_jax.py
 
 SMALL = [a for a in TINY if a.split('=')[0] not in
-         ('--gradient_accumulation_steps', '--eval_iters', '--eval_interval', '--warmup_iters',
-          '--lr_decay_iters', '--learning_rate', '--min_lr')] + ['--vocab_size=20']
+         ('--gradient_accumulation_steps', '--eval_iters', '--eval_interval', '--max_iters',
+          '--warmup_iters', '--lr_decay_iters', '--learning_rate', '--min_lr')]
+SMALL += ['--vocab_size=20']
 
 
 @pytest.mark.parametrize('args, words', [
