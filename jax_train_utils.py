@@ -319,8 +319,13 @@ def make_grad_fn(graphdef, mesh):
 
         def micro_step(sums, batch):
             i, x, y = batch
-            grad_fn = jax.grad(loss_fn, has_aux=True)
-            grads, loss = grad_fn(params, x, y, jax.random.fold_in(key, i))
+            _, backward, loss = jax.vjp(partial(loss_fn, x=x, y=y, key=jax.random.fold_in(key, i)),
+                                        params, has_aux=True)
+            if sharded:  # add each block's to the sums where the loop over the blocks computes it
+                refs = jax.tree.map(jax.new_ref, sums[0])
+                backward.with_refs(refs)(jnp.float32(1))
+                return (jax.tree.map(jax.freeze, refs), sums[1] + loss), None
+            grads, = backward(jnp.float32(1))
             return jax.tree.map(jnp.add, sums, (grads, loss)), None
 
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
