@@ -129,9 +129,9 @@ train_step = utils.make_train_step(graphdef, tx, seed, mesh,
 t0 = time.time()
 train_step = train_step.lower(state, *get_batch(0), np.int32(0)).compile()
 print(f'compiled in {time.time() - t0:.1f} s')
-memory = train_step.memory_analysis()
-print(f'memory by the compiled program: {memory.argument_size_in_bytes / 2**30:.2f} GiB of state '
-      f'and batch, {memory.temp_size_in_bytes / 2**30:.2f} GiB while it runs')
+arguments, temporary = machine.program_memory(train_step, devices[0].platform)
+print(f'memory by the compiled program: {arguments / 2**30:.2f} GiB of state and batch, '
+      f'{temporary / 2**30:.2f} GiB while it runs')
 
 def run(step, state, num_steps):
     """num_steps training steps, each loss read while the next step is computed."""

@@ -262,6 +262,16 @@ def keep_freed_memory():
         mallopt(-2, 2 ** 28)  # M_TOP_PAD: grow it by 256 MB at a time
 
 
+def program_memory(program, platform):
+    """(bytes of a compiled program's arguments, bytes that a device needs beside them)."""
+    m = program.memory_analysis()
+    arguments = m.argument_size_in_bytes
+    if platform == 'tpu':
+        # what libtpu allocates, and by which it refuses a program; its temp_size_in_bytes is more
+        return arguments, m.peak_memory_in_bytes - arguments
+    return arguments, m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+
+
 def enable_compilation_cache():
     """Cache compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR."""
     # a damaged entry, or a full disk, costs a compilation and nothing else

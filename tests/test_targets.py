@@ -135,6 +135,18 @@ def test_eight_tpus_gather_a_block_twice_a_micro_step_and_scatter_its_gradient_t
 
 
 @needs_libtpu
+def test_the_memory_of_a_tpu_is_what_its_compiler_allocates(tmp_path):
+    result = run(tmp_path, 'tools.plan', '--n_layer=1', '--batch_size=4',
+                 '--gradient_accumulation_steps=2', XLA_FLAGS=f'--xla_dump_to={tmp_path}/dump')
+    assert result.returncode == 0, result.stdout + result.stderr
+    report, = (tmp_path / 'dump').glob('*jit_train_step*memory-usage-report.txt')
+    allocated = int(re.search(r'color=0\)\nTotal bytes: (\d+)', report.read_text())[1]) / 2**30
+    in_all = float(re.search(r'^in all +([\d.]+)$', result.stdout, re.M)[1])
+    # 14 MB at the start of the memory are libtpu's own
+    assert 0 < allocated - in_all < 0.03  # GiB
+
+
+@needs_libtpu
 def test_a_topology_that_does_not_exist_is_refused(tmp_path):
     one_line_error(run(tmp_path, 'tools.plan', '--target=v5e:3x7'), 'v5e:3x7')
 

@@ -74,8 +74,8 @@ if largest and memory == math.inf:
 
 
 def measure(n_sequences):
-    """(the step compiled with micro-batches of n_sequences, the bytes that a device needs for it);
-    (None, inf) if the compiler says that it does not fit."""
+    """(the step compiled with micro-batches of n_sequences, the bytes of its arguments, all that a
+    device needs for it); (None, 0, inf) if the compiler says that it does not fit."""
     t0 = time.time()
     try:
         step = compile_step(gptconf, mesh, grad_accum_steps, n_sequences)
@@ -83,18 +83,16 @@ def measure(n_sequences):
         if 'RESOURCE_EXHAUSTED' not in str(e):
             raise
         print(f'{n_sequences} sequences do not fit: {str(e).splitlines()[0]}')
-        return None, math.inf
-    m = step.memory_analysis()
-    n_bytes = (m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
-               - m.alias_size_in_bytes)
+        return None, 0, math.inf
+    arguments, temporary = machine.program_memory(step, devices[0].platform)
+    n_bytes = arguments + temporary
     print(f'{n_sequences} sequences: {n_bytes / 2**30:.2f} GiB, compiled in '
           f'{time.time() - t0:.0f} s')
-    return step, n_bytes
+    return step, arguments, n_bytes
 
 
-def print_memory(step, n_bytes):
-    m = step.memory_analysis()
-    rows = [('state and batch', m.argument_size_in_bytes), ('while it runs', m.temp_size_in_bytes),
+def print_memory(arguments, n_bytes):
+    rows = [('state and batch', arguments), ('while it runs', n_bytes - arguments),
             ('in all', n_bytes)]
     if memory < math.inf:
         rows.append((f'usable ({memory_note})', memory))
@@ -155,15 +153,15 @@ print(f'{target}: {mesh.size} x {devices[0].device_kind}, mesh: data {mesh.shape
       f'{fsdp}; {dtype}, attention {attention if not dropout else "xla"}, remat {remat}')
 print(f'each device computes {grad_accum_steps} micro-steps of {micro_batch_size} x {block_size} '
       'tokens in a step')
-step, n_bytes = measure(micro_batch_size)
+step, arguments, n_bytes = measure(micro_batch_size)
 print()
 if step:
     hlo = step.as_text()
-    print_memory(step, n_bytes)
+    print_memory(arguments, n_bytes)
     print_collectives(hlo)
     print_time(hlo)
 if largest:
     print()
-    n = largest_fit(lambda n: measure(n)[1], memory, {micro_batch_size: n_bytes})
+    n = largest_fit(lambda n: measure(n)[2], memory, {micro_batch_size: n_bytes})
     print(f'largest micro-batch that fits: {n} sequences')
 sys.exit(not step or n_bytes > memory)

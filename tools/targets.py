@@ -109,6 +109,8 @@ def target_devices(target):
     if name == 'cpu' and n:
         jax.config.update('jax_num_cpu_devices', n)
         return select_devices('cpu')
+    # what is compiled for a device that is not there cannot be read back
+    jax.config.update('jax_enable_compilation_cache', False)
     if name in TPUS:
         need('libtpu', 'jax[tpu]')
         select_devices('cpu')  # JAX itself looks for no TPU or GPU
