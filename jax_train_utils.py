@@ -22,7 +22,6 @@ from nanogpt_jax.checkpoint import Checkpoints as Checkpoints
 from nanogpt_jax.checkpoint import steps_on_disk as steps_on_disk
 from nanogpt_jax.devices import on_host
 from nanogpt_jax.errors import UserError, check_memory
-from nanogpt_jax.ops import matmul
 from nanogpt_jax.sharding import (
     batch_sharding, cast_kernels, gather_params, make_mesh, partition_specs, scan_blocks,
     shard_batch, shardings, stack_blocks, unstack_blocks,
@@ -275,8 +274,7 @@ def sharded_model(graphdef, params, specs):
     """(params, specs, make_model) from one device's shards of the parameters.
 
     The returned params and specs have their blocks stacked. make_model(params): the model as a
-    function. It gathers blocks one at a time, and wte's matrix once for the embeddings and once for
-    the head, so that the matrix and its gradient are not held in full in between.
+    function. It gathers embeddings once for the whole pass, and blocks one at a time.
     """
     dtype = nnx.merge(graphdef, params).config.dtype
     params, specs = stack_blocks(params, specs)  # once per step: a copy of this device's shards
@@ -287,11 +285,7 @@ def sharded_model(graphdef, params, specs):
         own, own_cast, spec = (tree['transformer'] for tree in (params, cast, specs))
         nnx.update(model.transformer, {name: gather_params(own[name], own_cast[name], spec[name])
                                        for name in own if name != 'h'})
-
-        def head(x):
-            shard = own['wte']['embedding']
-            return matmul(x, gather_params(shard, shard.astype(dtype), spec['wte']['embedding']).T)
-        return partial(model, head=head, run_blocks=partial(
+        return partial(model, run_blocks=partial(
             scan_blocks, stacked=(own['h'], own_cast['h']),
             gather=lambda shards: gather_params(*shards, spec['h'])))
     return params, specs, make_model

@@ -242,19 +242,18 @@ class GPT(nnx.Module):
         """Logits (..., vocab_size) in the compute dtype, from hidden states (..., C)."""
         return matmul(x, self.transformer.wte.embedding[...].T)
 
-    def __call__(self, idx, targets=None, rngs=None, run_blocks=run_blocks, head=None):
+    def __call__(self, idx, targets=None, rngs=None, run_blocks=run_blocks):
         """Logits and loss of token ids idx, int (B, T).
 
         With targets, int (B, T): logits (B, T, vocab_size), and the mean loss over the targets that
         are not -1, a float32 scalar. Without: logits of the last position only, (B, 1, vocab_size),
-        and None. run_blocks: another way through the blocks, as sharding.scan_blocks; head: another
-        form of the method.
+        and None. run_blocks: another way through the blocks, as sharding.scan_blocks.
         """
-        x, head = self.hidden(idx, rngs, run_blocks), head or self.head
+        x = self.hidden(idx, rngs, run_blocks)
         if targets is None:
-            return head(x[:, -1:]), None
+            return self.head(x[:, -1:]), None
         with jax.named_scope('head'):
-            logits = head(x)
+            logits = self.head(x)
             return logits, cross_entropy(logits, targets)
 
     def crop_block_size(self, block_size):
