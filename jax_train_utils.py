@@ -313,14 +313,15 @@ def make_grad_fn(graphdef, mesh):
 
         def micro_step(sums, batch):
             i, x, y = batch
-            _, backward, loss = jax.vjp(partial(loss_fn, x=x, y=y, key=jax.random.fold_in(key, i)),
-                                        params, has_aux=True)
-            if sharded:  # add each block's to the sums where the loop over the blocks computes it
-                refs = jax.tree.map(jax.new_ref, sums[0])
-                backward.with_refs(refs)(jnp.float32(1))
-                return (jax.tree.map(jax.freeze, refs), sums[1] + loss), None
-            grads, = backward(jnp.float32(1))
-            return jax.tree.map(jnp.add, sums, (grads, loss)), None
+            micro_loss = partial(loss_fn, x=x, y=y, key=jax.random.fold_in(key, i))
+            _, backward, loss = jax.vjp(micro_loss, params, has_aux=True)
+            if not sharded:
+                return jax.tree.map(jnp.add, sums, (*backward(jnp.float32(1)), loss)), None
+            # the loop over the blocks adds their gradients to the sums itself; to return them all
+            # would take one more float32 copy of the shards
+            refs = jax.tree.map(jax.new_ref, sums[0])
+            backward.with_refs(refs)(jnp.float32(1))
+            return (jax.tree.map(jax.freeze, refs), sums[1] + loss), None
 
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
         sums, _ = jax.lax.scan(micro_step, zeros, (jnp.arange(grad_accum_steps), x, y))
