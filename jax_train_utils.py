@@ -291,6 +291,20 @@ def sharded_model(graphdef, params, specs):
     return params, specs, make_model
 
 
+def add_grads(sums, loss_fn, params, in_loop):
+    """sums, (gradients, loss), plus those of loss_fn(params) -> (scaled loss, loss).
+
+    in_loop: the loop over the blocks adds their gradients to the sums itself. To return them all
+    would take one more float32 copy of the blocks' shards.
+    """
+    _, backward, loss = jax.vjp(loss_fn, params, has_aux=True)
+    if not in_loop:
+        return jax.tree.map(jnp.add, sums, (*backward(jnp.float32(1)), loss))
+    refs = jax.tree.map(jax.new_ref, sums[0])
+    backward.with_refs(refs)(jnp.float32(1))
+    return jax.tree.map(jax.freeze, refs), sums[1] + loss
+
+
 def make_grad_fn(graphdef, mesh):
     """grad_fn(params, x, y, key, scale) -> (grads, loss): means over all micro-batches and devices.
 
@@ -314,14 +328,7 @@ def make_grad_fn(graphdef, mesh):
         def micro_step(sums, batch):
             i, x, y = batch
             micro_loss = partial(loss_fn, x=x, y=y, key=jax.random.fold_in(key, i))
-            _, backward, loss = jax.vjp(micro_loss, params, has_aux=True)
-            if not sharded:
-                return jax.tree.map(jnp.add, sums, (*backward(jnp.float32(1)), loss)), None
-            # the loop over the blocks adds their gradients to the sums itself; to return them all
-            # would take one more float32 copy of the shards
-            refs = jax.tree.map(jax.new_ref, sums[0])
-            backward.with_refs(refs)(jnp.float32(1))
-            return (jax.tree.map(jax.freeze, refs), sums[1] + loss), None
+            return add_grads(sums, micro_loss, params, in_loop=sharded), None
 
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
         sums, _ = jax.lax.scan(micro_step, zeros, (jnp.arange(grad_accum_steps), x, y))
