@@ -143,7 +143,8 @@ def run(folder, bucket):
 
 def test_a_half_written_checkpoint_in_a_bucket_is_not_used_and_only_it_is_removed(folder, run):
     (run / '5' / 'commit_success.txt').unlink()
-    for other in ('6/data', 'notes/todo.txt', '7 b/data'):  # 6: left by an earlier save
+    # what an earlier save left, and two folders that are no checkpoints
+    for other in ('6/data', 'notes/todo.txt', '7 b/data'):
         (run / other).parent.mkdir()
         (run / other).write_text('x')
     result = run_inside(folder, 'sample_jax.py', '--device=cpu', '--out_dir=gs://bucket/run',
