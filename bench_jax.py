@@ -21,7 +21,7 @@ from jax_transformer import GPT, GPTConfig
 from nanogpt_jax import devices as machine
 from nanogpt_jax import sharding
 from nanogpt_jax.errors import report_user_error
-from nanogpt_jax.paths import data_dir_of
+from nanogpt_jax.run_dir import data_dir_of
 from nanogpt_jax.sampling import check_sampling_memory, sampling_weights
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback

@@ -23,7 +23,7 @@ from jax_transformer import GPT_ARGS, GPTConfig, export_torch_weights, load_torc
 from nanogpt_jax.checkpoint import steps_on_disk
 from nanogpt_jax.devices import select_devices
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
-from nanogpt_jax.paths import data_dir_of, is_remote
+from nanogpt_jax.run_dir import data_dir_of, is_remote
 from nanogpt_jax.pretrained import CONV1D
 from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import end_of_text, load_vocabulary, make_tokenizer

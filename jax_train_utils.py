@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_transformer import GPT
-from nanogpt_jax import paths
+from nanogpt_jax import run_dir
 # handed on, so that a script gets optimizer, schedule, batches and checkpoints from one file
 from nanogpt_jax.checkpoint import Checkpoints as Checkpoints
 from nanogpt_jax.checkpoint import steps_on_disk as steps_on_disk
@@ -92,10 +92,10 @@ def batch_offsets(n, n_offsets, seed, iter_num, purpose):
 
 def count_tokens(data_dir, split, block_size):
     """Number of tokens in a split. Raises UserError if no batch can be drawn from it."""
-    path = paths.join(data_dir, f'{split}.bin')
-    size = paths.file_size(path)
+    path = run_dir.join(data_dir, f'{split}.bin')
+    size = run_dir.file_size(path)
     script = os.path.join(data_dir, 'prepare.py')
-    if size is None and paths.is_remote(path):
+    if size is None and run_dir.is_remote(path):
         raise UserError(f'{path} does not exist: prepare the data on some machine, and copy its '
                         f'files to {data_dir}')
     if size is None and os.path.exists(path):
@@ -116,10 +116,11 @@ def check_tokens(data_dir, vocab_size, splits=('train', 'val')):
     In a larger file the others are checked as they are read, by read_sequences.
     """
     for split in splits:
-        path = paths.join(data_dir, f'{split}.bin')
+        path = run_dir.join(data_dir, f'{split}.bin')
         try:
-            if paths.is_remote(path):
-                tokens = np.frombuffer(paths.read_ranges(path, [0], 2 * TOKENS_AT_START), np.uint16)
+            if run_dir.is_remote(path):
+                data = run_dir.read_ranges(path, [0], 2 * TOKENS_AT_START)
+                tokens = np.frombuffer(data, np.uint16)
             else:
                 tokens = np.fromfile(path, np.uint16, count=TOKENS_AT_START)
             check_ids(path, tokens, vocab_size)
@@ -141,9 +142,9 @@ def read_sequences(data_dir, split, offsets, block_size, vocab_size=ALL_IDS):
 
     Raises UserError for an id that is not below vocab_size.
     """
-    path = paths.join(data_dir, f'{split}.bin')
+    path = run_dir.join(data_dir, f'{split}.bin')
     starts = [2 * int(offset) for offset in offsets]
-    tokens = np.frombuffer(paths.read_ranges(path, starts, 2 * (block_size + 1)), np.uint16)
+    tokens = np.frombuffer(run_dir.read_ranges(path, starts, 2 * (block_size + 1)), np.uint16)
     check_ids(path, tokens, vocab_size)
     return tokens.reshape(len(offsets), block_size + 1).astype(np.int32)
 

@@ -19,7 +19,7 @@ from jax_train_utils import Checkpoints, abstract_train_state, check_settings, s
 from jax_transformer import GPT, GPTConfig
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
-from nanogpt_jax.processes import open_closed_streams
+from nanogpt_jax.launch import open_closed_streams
 from nanogpt_jax.sampling import (
     Continuation, check_sampling_memory, check_sampling_settings, stream_tokens,
 )

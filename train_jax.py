@@ -24,11 +24,11 @@ from jax_transformer import GPT_ARGS, GPTConfig
 from nanogpt_jax import devices as machine
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.metrics import (
-    MetricsFile, StepLog, check_finite, check_wandb, progress, start_wandb,
+    StepLog, check_finite, check_wandb, progress, start_wandb,
 )
-from nanogpt_jax.lock import hold_out_dir
-from nanogpt_jax.paths import data_dir_of
-from nanogpt_jax.processes import StopRequest, keep_stdout_open, start_processes
+from nanogpt_jax.launch import keep_stdout_open, start_processes
+from nanogpt_jax.run_dir import MetricsFile, data_dir_of, hold_out_dir
+from nanogpt_jax.signals import StopRequest
 from nanogpt_jax.sharding import (
     choose_micro_batch_size, describe_small_micro_batches, mesh_for_batch, state_bytes,
 )

@@ -23,9 +23,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from nanogpt_jax import paths
+from nanogpt_jax import run_dir
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.lock import check_out_dir
+from nanogpt_jax.run_dir import check_out_dir
 
 # orbax warns about every save without a metric, and logs at length what it raises as well; when one
 # of its reads fails, asyncio and Python complain that nobody waited for the others
@@ -85,7 +85,7 @@ def check_files(folder, item):
 
     Checkpoints have had that file until their arrays and their JSON got checksums of their own.
     """
-    with paths.open_file(paths.join(folder, 'checksums.json')) as f:
+    with run_dir.open_file(run_dir.join(folder, 'checksums.json')) as f:
         expected = {path: digest for path, digest in json.load(f).items()
                     if path.split(os.sep)[0] == item}
     if not expected:
@@ -111,22 +111,22 @@ def hide_orbax_coroutines(unraisable):
 
 def steps_on_disk(out_dir):
     """The iterations that a folder has checkpoints of, ascending, valid or not."""
-    if not paths.is_dir(out_dir):
+    if not run_dir.is_dir(out_dir):
         return []
-    if paths.is_remote(out_dir):  # no rename is atomic there: a marker is written last
-        return sorted(int(name) for name in paths.listdir(out_dir) if name.isdecimal()
-                      and ocp.utils.is_checkpoint_finalized(paths.join(out_dir, name)))
+    if run_dir.is_remote(out_dir):  # no rename is atomic there: a marker is written last
+        return sorted(int(name) for name in run_dir.listdir(out_dir) if name.isdecimal()
+                      and ocp.utils.is_checkpoint_finalized(run_dir.join(out_dir, name)))
     return sorted(int(e.name) for e in os.scandir(out_dir) if e.name.isdecimal() and e.is_dir())
 
 
 def remove_unfinished(out_dir):
     """Delete what a killed save has left in a bucket."""
     # Orbax would take every folder without its marker for that: other data in the bucket too
-    if paths.is_dir(out_dir):
+    if run_dir.is_dir(out_dir):
         finished = steps_on_disk(out_dir)
-        for name in paths.listdir(out_dir):
+        for name in run_dir.listdir(out_dir):
             if name.isdecimal() and int(name) not in finished:
-                paths.remove_tree(paths.join(out_dir, name))
+                run_dir.remove_tree(run_dir.join(out_dir, name))
 
 
 class Manager(ocp.CheckpointManager):
@@ -162,7 +162,7 @@ class Checkpoints:
         self.blocked, self.saves = 0.0, 0  # seconds spent in save(), and number of calls
         self.val_losses = {}
         sys.unraisablehook = hide_orbax_coroutines
-        remote = paths.is_remote(out_dir)
+        remote = run_dir.is_remote(out_dir)
         if remote and not read_only and jax.process_index() == 0:
             remove_unfinished(out_dir)
         options = ocp.CheckpointManagerOptions(
@@ -172,8 +172,8 @@ class Checkpoints:
         registry = ocp.handlers.create_default_handler_registry(
             **{item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ARRAYS})
         try:
-            with paths.reached(out_dir) if remote else contextlib.nullcontext():
-                self.manager = Manager(paths.absolute(out_dir), options=options,
+            with run_dir.reached(out_dir) if remote else contextlib.nullcontext():
+                self.manager = Manager(run_dir.absolute(out_dir), options=options,
                                        handler_registry=registry)
             if not read_only and not remote and not os.access(out_dir, os.W_OK | os.X_OK):
                 raise PermissionError('no permission')
@@ -195,7 +195,7 @@ class Checkpoints:
         return steps_on_disk(self.out_dir)
 
     def folder(self, step):
-        return paths.join(self.out_dir, str(step))
+        return run_dir.join(self.out_dir, str(step))
 
     def best(self):
         """The iteration with the lowest validation loss, or None if none was evaluated."""
@@ -233,16 +233,16 @@ class Checkpoints:
         """Add the validation loss of a checkpoint that was saved without one."""
         self.val_losses[step] = val_loss
         if jax.process_index() == 0:
-            with paths.open_file(paths.join(self.folder(step), VAL_LOSS), 'w') as f:
+            with run_dir.open_file(run_dir.join(self.folder(step), VAL_LOSS), 'w') as f:
                 json.dump(seal({'val_loss': val_loss}), f)
 
     def _read_val_loss(self, step):
         """The validation loss of a checkpoint, or None: not evaluated, or damaged."""
-        path = paths.join(self.folder(step), VAL_LOSS)
+        path = run_dir.join(self.folder(step), VAL_LOSS)
         try:
-            if not paths.exists(path):
+            if not run_dir.exists(path):
                 return self.meta(step).get('val_loss')
-            with paths.open_file(path) as f:
+            with run_dir.open_file(path) as f:
                 val_loss = json.load(f)
             # a bare number in checkpoints that have a checksums.json
             return val_loss if isinstance(val_loss, float) else unseal(val_loss)['val_loss']
@@ -286,7 +286,7 @@ class Checkpoints:
         for later in [s for s in self.val_losses if s > step]:
             if jax.process_index() == 0:
                 name = f'damaged-{later}-{time.time_ns()}'
-                paths.replace(self.folder(later), paths.join(self.out_dir, name))
+                run_dir.replace(self.folder(later), run_dir.join(self.out_dir, name))
             del self.val_losses[later]
         multihost_utils.sync_global_devices('damaged checkpoints are renamed')
         self.manager.reload()

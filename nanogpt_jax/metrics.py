@@ -4,19 +4,13 @@ on a terminal, the time left and progress bars.
 """
 
 import contextlib
-import json
 import math
-import os
-import shutil
 import sys
-import tempfile
 import time
 from datetime import timedelta
 
-from nanogpt_jax import paths
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 
-METRICS = 'metrics.jsonl'
 BAR_DELAY = 3  # seconds before a progress bar appears
 
 
@@ -140,96 +134,6 @@ class StepLog:
         self.estimated = True
         if sys.stdout.isatty() and round(seconds) > 0:
             print(time_left(seconds))
-
-
-# -----------------------------------------------------------------------------
-# metrics.jsonl
-
-class MetricsFile:
-    """out_dir/metrics.jsonl: a JSON object per line, for pandas.read_json(path, lines=True).
-
-    A run that resumes at start_iter keeps the lines of earlier iterations. The file of another run
-    is renamed to metrics-<time>.jsonl. In a bucket, what is there is what upload() has written.
-    """
-
-    def __init__(self, out_dir, start_iter):
-        self.path, self.is_remote = paths.join(out_dir, METRICS), paths.is_remote(out_dir)
-        earlier = []
-        try:
-            if start_iter > 0:
-                earlier = [line for line in read_metrics(out_dir) if line['iter'] < start_iter]
-            elif paths.exists(self.path):
-                renamed = paths.join(out_dir, f'metrics-{time.time_ns()}.jsonl')
-                paths.replace(self.path, renamed)
-            self.file = self._file_with([json.dumps(line) + '\n' for line in earlier])
-        except (OSError, UserError) as e:
-            self._disable(e)
-
-    def _file_with(self, lines):
-        """The file to write to, with these lines at its beginning."""
-        if self.is_remote:  # nothing can be appended to an object in a bucket
-            file = tempfile.TemporaryFile('w+', encoding='utf-8')
-            file.writelines(lines)
-            return file
-        with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(lines)
-        os.replace(self.path + '.tmp', self.path)
-        return open(self.path, 'a', encoding='utf-8', buffering=1)  # flushed line by line
-
-    def write(self, **values):
-        """Add a line; numbers that are not finite become null, as JSON has no others."""
-        if self.file is None:
-            return
-        values = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        try:
-            self.file.write(json.dumps(values) + '\n')
-        except OSError as e:
-            self._disable(e)
-
-    def upload(self):
-        """To a bucket, copy all lines: at each evaluation, before its checkpoint, and at the end.
-
-        So a resumed run finds all lines before its checkpoint. Folders have them already.
-        """
-        if self.file is None or not self.is_remote:
-            return
-        try:
-            self.file.seek(0)
-            with paths.open_file(self.path, 'w') as f:
-                shutil.copyfileobj(self.file, f)
-        except (OSError, UserError) as e:
-            print(f'WARNING: {self.path} is not up to date: {e}; training continues')
-        finally:
-            self.file.seek(0, os.SEEK_END)
-
-    def _disable(self, error):
-        print(f'WARNING: cannot write {self.path} ({error}); training continues without it')
-        self.file = None
-
-
-def read_metrics(path):
-    """The lines of an out_dir's metrics.jsonl, or of a .jsonl file, as dicts with an int 'iter'.
-
-    Skips lines that a crash has cut off. An empty list if an out_dir has no such file.
-    """
-    is_dir = paths.is_dir(path)
-    try:
-        with paths.open_file(paths.join(path, METRICS) if is_dir else path, errors='replace') as f:
-            lines = f.readlines()
-    except FileNotFoundError:
-        if not is_dir:
-            raise
-        return []
-    found = []
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if (isinstance(values, dict) and isinstance(values.get('iter'), int)
-                and abs(values['iter']) < 2 ** 63):
-            found.append(values)
-    return found
 
 
 # -----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Needs neither JAX nor NumPy, so that the scripts of data/ can use it too.
 import json
 import pickle
 
-from nanogpt_jax import paths
+from nanogpt_jax import run_dir
 from nanogpt_jax.errors import UserError, optional_import
 
 
@@ -25,8 +25,8 @@ def find_vocabulary(data_dir):
 
     Raises UserError if it has both.
     """
-    names = [paths.join(data_dir, name) for name in ('tokenizer.json', 'meta.pkl')]
-    found = [name for name in names if paths.exists(name)]
+    names = [run_dir.join(data_dir, name) for name in ('tokenizer.json', 'meta.pkl')]
+    found = [name for name in names if run_dir.exists(name)]
     if len(found) == 2:
         raise UserError(f'{data_dir} has a tokenizer.json and a meta.pkl: delete the one that its '
                         'train.bin was not made with')
@@ -60,13 +60,13 @@ def load_meta(data_dir):
     The list may be shorter than vocab_size. (None, None) if there is no such file: the ids are
     GPT-2's BPE. Raises UserError if the file cannot be used.
     """
-    path = paths.join(data_dir, 'meta.pkl')
-    if not paths.exists(path):
+    path = run_dir.join(data_dir, 'meta.pkl')
+    if not run_dir.exists(path):
         return None, None
     try:
-        if paths.file_size(path) is None:
+        if run_dir.file_size(path) is None:
             raise OSError('it is no file')
-        with paths.open_file(path, 'rb') as f:
+        with run_dir.open_file(path, 'rb') as f:
             meta = PlainUnpickler(f).load()
         itos = meta.get('itos', {})
         vocab_size, chars = meta['vocab_size'], [itos[i] for i in range(len(itos))]
@@ -87,7 +87,7 @@ def load_meta(data_dir):
 def read_tokenizer(path):
     """The JSON of a tokenizer.json, without white space. Raises UserError if it is none."""
     try:
-        with paths.open_file(path) as f:
+        with run_dir.open_file(path) as f:
             return json.dumps(json.load(f), ensure_ascii=False, separators=(',', ':'))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'cannot read {path} ({type(e).__name__}: {e})') from e

@@ -25,7 +25,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 import jax_train_utils as utils
 from jax_transformer import GPTConfig
 from nanogpt_jax.checkpoint import Checkpoints
-from nanogpt_jax.lock import release_out_dir
+from nanogpt_jax.run_dir import release_out_dir
 from nanogpt_jax.sharding import make_mesh
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -16,9 +16,9 @@ from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 import jax_train_utils as utils
-from nanogpt_jax import paths
+from nanogpt_jax import run_dir
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.metrics import MetricsFile, read_metrics
+from nanogpt_jax.run_dir import MetricsFile, read_metrics
 from nanogpt_jax.sharding import make_mesh
 
 
@@ -73,7 +73,7 @@ def bucket(folder, monkeypatch):
     monkeypatch.setattr(tensorstore_utils, '_normalize_path',
                         lambda path: os.path.normpath(path.replace('gs:/', str(root))))
     monkeypatch.setattr(gcs_utils, 'is_hierarchical_namespace_enabled', lambda path: False)
-    paths.remote_size.cache_clear()
+    run_dir.remote_size.cache_clear()
     shutil.copytree(folder / 'data' / 'tiny', root / 'bucket' / 'tiny')
     return root / 'bucket'
 

@@ -29,9 +29,9 @@ def parsed(path):
 # -----------------------------------------------------------------------------
 # imports
 
-BASE = ['nanogpt_jax/ops.py', 'nanogpt_jax/lock.py']
-LEVELS = ['nanogpt_jax/__init__.py', 'nanogpt_jax/errors.py', 'nanogpt_jax/paths.py', 'base',
-          'leaf', 'jax_transformer.py', 'jax_train_utils.py', 'script', 'tool']
+BASE = ['nanogpt_jax/errors.py', 'nanogpt_jax/ops.py']
+LEVELS = ['nanogpt_jax/__init__.py', 'base', 'nanogpt_jax/run_dir.py', 'leaf',
+          'jax_transformer.py', 'jax_train_utils.py', 'script', 'tool']
 
 
 def level(path):

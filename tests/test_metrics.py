@@ -15,7 +15,8 @@ import pytest
 from helpers import ENV, ITER, STEP, TINY, TRAIN, train
 
 from nanogpt_jax import devices, metrics
-from nanogpt_jax.metrics import MetricsFile, progress, read_metrics
+from nanogpt_jax.metrics import progress
+from nanogpt_jax.run_dir import MetricsFile, read_metrics
 
 
 def split(lines):

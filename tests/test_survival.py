@@ -30,8 +30,9 @@ from helpers import (
 import jax_train_utils as utils
 from nanogpt_jax.checkpoint import VAL_LOSS, Checkpoints, steps_on_disk
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.lock import LOCK, hold_out_dir, release_out_dir
-from nanogpt_jax.processes import RobustStream, StopRequest, open_closed_streams
+from nanogpt_jax.run_dir import LOCK, hold_out_dir, release_out_dir
+from nanogpt_jax.launch import RobustStream, open_closed_streams
+from nanogpt_jax.signals import StopRequest
 from nanogpt_jax.sharding import make_mesh
 
 KILLS = int(os.environ.get('KILLS', 5))  # 50 by hand, see BENCHMARKS.md
@@ -193,7 +194,7 @@ def test_an_evaluation_gives_the_devices_at_most_two_parts_at_a_time(folder, mon
 
 COMPUTES_FOR_EVER = '''
 import jax
-from nanogpt_jax.processes import StopRequest
+from nanogpt_jax.signals import StopRequest
 stop = StopRequest()
 for_ever = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: -x, x))
 for_ever = for_ever.lower(1).compile()
@@ -342,7 +343,7 @@ def test_a_lock_that_is_removed_while_another_run_opens_it_locks_nothing(held, m
         return flock(lock, operation)
     monkeypatch.setattr(fcntl, 'flock', released_first)
     other = open(held / LOCK)
-    monkeypatch.setattr('nanogpt_jax.lock.release_out_dir', lambda: None)
+    monkeypatch.setattr('nanogpt_jax.run_dir.release_out_dir', lambda: None)
     hold_out_dir(held)
     assert calls == [0, 1]  # the second has a name
     other.close()

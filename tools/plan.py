@@ -16,7 +16,7 @@ from jax_train_utils import check_settings, split_model
 from jax_transformer import GPTConfig
 from nanogpt_jax import devices as machine
 from nanogpt_jax.errors import UserError, report_user_error
-from nanogpt_jax.paths import data_dir_of
+from nanogpt_jax.run_dir import data_dir_of
 from nanogpt_jax.pretrained import GPT2_SHAPES
 from nanogpt_jax.sharding import mesh_for_batch
 from nanogpt_jax.tokenizer import load_vocabulary

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from nanogpt_jax import paths as files
+from nanogpt_jax import run_dir as files
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
-from nanogpt_jax.metrics import read_metrics
+from nanogpt_jax.run_dir import read_metrics
 from tools import print_table
 
 sys.excepthook = report_user_error

@@ -22,7 +22,7 @@ from jax_transformer import GPTConfig
 from nanogpt_jax.devices import attention_path, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.ops import causal_attention
-from nanogpt_jax.paths import data_dir_of, join
+from nanogpt_jax.run_dir import data_dir_of, join
 from nanogpt_jax.pretrained import GPT2_SHAPES
 from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
 from tools import print_table

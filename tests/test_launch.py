@@ -9,7 +9,7 @@ import jax
 import pytest
 from helpers import TINY, one_line_error, run_inside
 
-from nanogpt_jax import errors, processes
+from nanogpt_jax import errors, launch
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def initialized(monkeypatch):
     """The arguments of the calls of jax.distributed.initialize, which does nothing else here."""
     calls = []
     monkeypatch.setattr(jax.distributed, 'initialize', lambda **kwargs: calls.append(kwargs))
-    monkeypatch.setattr(processes, 'silence_other_processes', lambda rank: None)
+    monkeypatch.setattr(launch, 'silence_other_processes', lambda rank: None)
     monkeypatch.setattr(errors, 'process_label', '')
     return calls
 
@@ -60,7 +60,7 @@ TORCHRUN = {'RANK': '9', 'LOCAL_RANK': '1', 'WORLD_SIZE': '16', 'LOCAL_WORLD_SIZ
 def test_torchruns_processes_become_one_run(monkeypatch, initialized, env, address,
                                             local_device_ids):
     use(monkeypatch, TORCHRUN | env)
-    assert processes.start_processes('auto', 100) == 9
+    assert launch.start_processes('auto', 100) == 9
     assert initialized == [dict(
         coordinator_address=address, num_processes=16, process_id=9,
         local_device_ids=local_device_ids, cluster_detection_method='deactivate',
@@ -70,7 +70,7 @@ def test_torchruns_processes_become_one_run(monkeypatch, initialized, env, addre
 
 def test_a_single_process_of_torchrun_is_a_run_alone(monkeypatch, initialized):
     use(monkeypatch, {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1'})
-    assert processes.start_processes('auto', 100) == 0 and not initialized
+    assert launch.start_processes('auto', 100) == 0 and not initialized
 
 
 def test_a_port_at_which_something_listens_is_refused(monkeypatch, initialized):
@@ -78,7 +78,7 @@ def test_a_port_at_which_something_listens_is_refused(monkeypatch, initialized):
         port = server.getsockname()[1]
         use(monkeypatch, TORCHRUN | {'RANK': '0', 'JAX_COORDINATOR_PORT': str(port)})
         with pytest.raises(errors.UserError, match=f'port {port}.*JAX_COORDINATOR_PORT'):
-            processes.start_processes('auto', 100)
+            launch.start_processes('auto', 100)
     assert not initialized
 
 
@@ -117,9 +117,9 @@ POD = 't1v-n-0-w-0:0:10.0.0.1,t1v-n-0-w-1:1:10.0.0.2'  # worker-network-endpoint
 def test_a_tpu_is_initialized_as_several_only_with_several_workers(
         monkeypatch, initialized, env, metadata, several):
     use(monkeypatch, env)
-    monkeypatch.setattr(processes, 'has_tpu', lambda device: True)
-    monkeypatch.setattr(processes, 'gce_metadata', lambda key: metadata.get(key, ''))
-    assert processes.start_processes('auto', 100) == 0
+    monkeypatch.setattr(launch, 'has_tpu', lambda device: True)
+    monkeypatch.setattr(launch, 'gce_metadata', lambda key: metadata.get(key, ''))
+    assert launch.start_processes('auto', 100) == 0
     assert initialized == [dict(heartbeat_timeout_seconds=100)] * several
 
 
@@ -127,16 +127,16 @@ def test_the_workers_of_a_tpu_are_read_from_a_file(monkeypatch, tmp_path):
     path = tmp_path / 'addresses'
     use(monkeypatch, {'TPU_PROCESS_ADDRESSES_PATH': str(path), 'TPU_PROCESS_ADDRESSES': 'a,b'})
     with pytest.raises(errors.UserError, match='TPU_PROCESS_ADDRESSES_PATH'):
-        processes.has_tpu_workers()
+        launch.has_tpu_workers()
     path.write_text('a:8476\n')
-    assert not processes.has_tpu_workers()
+    assert not launch.has_tpu_workers()
 
 
 def test_without_a_metadata_server_there_is_no_metadata(monkeypatch):
     with socket.create_server(('127.0.0.1', 0)) as server:
         address = f'127.0.0.1:{server.getsockname()[1]}'
     monkeypatch.setenv('GCE_METADATA_IP', address)  # where nobody listens any more
-    assert processes.gce_metadata('tpu-env') == ''
+    assert launch.gce_metadata('tpu-env') == ''
 
 
 @pytest.mark.parametrize('device, nodes, want', [
@@ -147,4 +147,4 @@ def test_a_tpu_is_recognized_by_its_chips(monkeypatch, device, nodes, want):
     import fnmatch
     monkeypatch.setattr(glob, 'glob', lambda pattern: fnmatch.filter(nodes, pattern))
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name == 'libtpu')
-    assert processes.has_tpu(device) is want
+    assert launch.has_tpu(device) is want

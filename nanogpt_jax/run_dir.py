@@ -1,0 +1,359 @@
+"""
+A run's out_dir, on this machine or in a bucket (gs://, s3://): its paths, its lock, and its
+metrics.jsonl. Buckets are reached by fsspec, as Orbax reaches them.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+import socket
+import tempfile
+import time
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: nothing keeps two runs apart there
+
+from nanogpt_jax.errors import UserError
+
+PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}  # what fsspec needs, by the part before ://
+CREDENTIALS = {'gs': 'gcloud auth application-default login', 's3': 'aws configure'}
+
+
+def is_remote(path):
+    return '://' in os.fspath(path)
+
+
+def scheme(path):
+    return path.partition('://')[0] if is_remote(path) else None
+
+
+def join(folder, *names):
+    # not os.path.join, which is another one on Windows
+    return '/'.join((folder.rstrip('/'), *names)) if is_remote(folder) else os.path.join(
+        folder, *names)
+
+
+def absolute(path):
+    return path if is_remote(path) else os.path.abspath(path)  # which makes a folder of gs://
+
+
+def data_dir_of(dataset):
+    """The folder of a data set: data/<dataset>, or the data set itself if it is in a bucket."""
+    return dataset.rstrip('/') if is_remote(dataset) else os.path.join('data', dataset)
+
+
+# -----------------------------------------------------------------------------
+# buckets
+
+def filesystem(path):
+    """(fsspec's file system, the path's name there) of a path in a bucket.
+
+    Raises UserError for another kind of URL, and if a package is missing.
+    """
+    kind, _, name = path.partition('://')
+    if kind not in PACKAGES or not name.split('/')[0]:
+        raise UserError(f'cannot use {path}: give a path on this machine, or gs://BUCKET/NAME or '
+                        's3://BUCKET/NAME')
+    import fsspec  # slow, and not needed for folders
+    # others write to the bucket too, Orbax's driver among them, so a list of what it has gets old
+    fsspec.config.conf.setdefault(kind, {}).setdefault('use_listings_cache', False)
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as e:
+        raise UserError(f'{path} needs the package {PACKAGES[kind]}: '
+                        f'pip install {PACKAGES[kind]}') from e
+
+
+@contextlib.contextmanager
+def reached(path):
+    """fsspec's file system and a path's name there, for a with block whose errors become
+    UserErrors; but for FileNotFoundError."""
+    fs, name = filesystem(path)
+    try:
+        yield fs, name
+    except (FileNotFoundError, UserError):
+        raise
+    except Exception as e:  # of the network, of the bucket's owner, of credentials: many types
+        raise UserError(f'cannot reach {path} ({type(e).__name__}: {" ".join(str(e).split())[:200]}'
+                        '): check its name, the network, and the credentials of this machine '
+                        f'({CREDENTIALS[scheme(path)]})') from e
+
+
+def exists(path):
+    if not is_remote(path):
+        return os.path.exists(path)
+    with reached(path) as (fs, name):
+        return fs.exists(name)
+
+
+def is_dir(path):
+    """In a bucket: whether there is anything below path."""
+    if not is_remote(path):
+        return os.path.isdir(path)
+    with reached(path) as (fs, name):
+        return fs.isdir(name)
+
+
+def listdir(path):
+    if not is_remote(path):
+        return os.listdir(path)
+    with reached(path) as (fs, name):
+        names = (entry.rstrip('/').rpartition('/')[2] for entry in fs.ls(name, detail=False))
+        return [*names]
+
+
+@contextlib.contextmanager
+def open_file(path, mode='r', errors=None):
+    """open(), text being UTF-8, as a context manager. What is written to a bucket is there at its
+    end."""
+    kwargs = {} if 'b' in mode else {'encoding': 'utf-8', 'errors': errors}
+    if not is_remote(path):
+        with open(path, mode, **kwargs) as f:
+            yield f
+        return
+    with reached(path) as (fs, name), fs.open(name, mode, **kwargs) as f:
+        yield f
+
+
+def replace(path, new_path):
+    """os.replace; in a bucket, copies what is below path and then deletes it."""
+    if not is_remote(path):
+        os.replace(path, new_path)
+        return
+    with reached(path) as (fs, name):
+        fs.mv(name, filesystem(new_path)[1], recursive=fs.isdir(name))
+
+
+def remove_tree(path):
+    """Delete all that is below a path in a bucket."""
+    with reached(path) as (fs, name):
+        fs.rm(name, recursive=True)
+
+
+# -----------------------------------------------------------------------------
+# reading parts of large files
+
+def file_size(path):
+    """Bytes of a file, None if there is no such file. In a bucket, as they were at first."""
+    if not is_remote(path):
+        return os.path.getsize(path) if os.path.isfile(path) else None
+    with contextlib.suppress(FileNotFoundError):
+        return remote_size(path)
+
+
+@functools.cache  # it is asked for with every batch
+def remote_size(path):
+    with reached(path) as (fs, name):
+        return fs.size(name)
+
+
+def read_ranges(path, starts, n_bytes):
+    """n_bytes from each start on, one after the other, fewer at the end of the file: bytes."""
+    if is_remote(path):
+        with reached(path) as (fs, name):  # all at the same time
+            return b''.join(fs.cat_ranges([name] * len(starts), starts,
+                                          [start + n_bytes for start in starts], on_error='raise'))
+    # read() instead of a memory map: a new map per batch costs more in page faults than reading,
+    # and a map that stays open counts all pages it ever read as this process's memory
+    with open(path, 'rb', buffering=0) as f:
+        found = []
+        for start in starts:
+            f.seek(start)
+            found.append(f.read(n_bytes))
+        return b''.join(found)
+
+
+# -----------------------------------------------------------------------------
+# the lock
+
+LOCK = 'run.lock'
+held = []  # of this process: its lock, the lock's path, and the folders created for it
+
+
+def check_out_dir(out_dir, must_exist):
+    """Raise UserError for an out_dir that is no folder, or does not exist though it must."""
+    if not out_dir:
+        raise UserError('out_dir is empty: give a folder, as in --out_dir=out_jax')
+    if is_remote(out_dir) and scheme(out_dir) != 'gs':
+        raise UserError(f'cannot use {out_dir} as out_dir: Orbax keeps checkpoints in folders and '
+                        'in gs:// only; give a folder, and copy it when the run has ended')
+    if exists(out_dir) and not is_dir(out_dir):
+        raise UserError(f'cannot use {out_dir} as out_dir, since it is a file and not a folder: '
+                        'give another --out_dir')
+    if must_exist and not is_dir(out_dir):
+        raise UserError(f'{out_dir} does not exist, so there is no checkpoint: train first, '
+                        'or give another --out_dir')
+
+
+def hold_out_dir(out_dir, resume=False):
+    """Keep out_dir for this process's run until release_out_dir, or the end of the process by
+    whatever signal.
+
+    Creates out_dir unless resume. Raises UserError if it cannot be written, or if another run has
+    it, with that run's host and process number.
+    """
+    check_out_dir(out_dir, must_exist=resume)
+    release_out_dir()
+    if is_remote(out_dir):
+        check_writable(out_dir)
+        print(f'WARNING: {out_dir} cannot be locked, as it is in a bucket: take care that no other '
+              'run writes to it')
+        return
+    path = pathlib.Path(out_dir).absolute()
+    try:
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(path / LOCK, out_dir)
+        lock.truncate(0)
+        lock.write(f'process {os.getpid()} on {socket.gethostname()}')
+        lock.flush()
+    except OSError as e:
+        raise UserError(f'cannot write to {out_dir}: {e}; choose another --out_dir') from e
+    held.append((lock, path / LOCK, new))
+    atexit.register(release_out_dir)
+
+
+def check_writable(out_dir):
+    """Raise UserError if nothing can be written to an out_dir in a bucket: now, not at the first
+    checkpoint."""
+    with open_file(join(out_dir, LOCK), 'w') as f:
+        f.write(f'process {os.getpid()} on {socket.gethostname()}')
+    remove_tree(join(out_dir, LOCK))
+
+
+def lock_file(path, out_dir):
+    """The file at path, open and locked by the operating system for as long as it is open.
+
+    Raises UserError if another process has it locked, and OSError.
+    """
+    while True:
+        lock = open(path, 'a+', encoding='utf-8')
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            lock.seek(0)
+            owner = lock.read() or 'another process'
+            raise UserError(f'another run is writing to {out_dir}: {owner}. Wait for it or stop '
+                            'it, or choose another --out_dir') from e
+        except OSError as e:  # a file system without locks
+            print(f'WARNING: {out_dir} cannot be locked ({e}): take care that no other run '
+                  'writes to it')
+            return lock
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                return lock
+        lock.close()  # its last owner has removed it since it was opened
+
+
+def release_out_dir():
+    """Let other runs use the out_dir that this process holds; removes the lock's file, and the
+    folders created for it if they are empty."""
+    while held:
+        lock, path, new = held.pop()
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.close()
+        with contextlib.suppress(OSError):  # from the first folder on that has files
+            for folder in new:
+                folder.rmdir()
+    atexit.unregister(release_out_dir)
+
+
+# -----------------------------------------------------------------------------
+# metrics.jsonl
+
+METRICS = 'metrics.jsonl'
+
+class MetricsFile:
+    """out_dir/metrics.jsonl: a JSON object per line, for pandas.read_json(path, lines=True).
+
+    A run that resumes at start_iter keeps the lines of earlier iterations. The file of another run
+    is renamed to metrics-<time>.jsonl. In a bucket, what is there is what upload() has written.
+    """
+
+    def __init__(self, out_dir, start_iter):
+        self.path, self.is_remote = join(out_dir, METRICS), is_remote(out_dir)
+        earlier = []
+        try:
+            if start_iter > 0:
+                earlier = [line for line in read_metrics(out_dir) if line['iter'] < start_iter]
+            elif exists(self.path):
+                renamed = join(out_dir, f'metrics-{time.time_ns()}.jsonl')
+                replace(self.path, renamed)
+            self.file = self._file_with([json.dumps(line) + '\n' for line in earlier])
+        except (OSError, UserError) as e:
+            self._disable(e)
+
+    def _file_with(self, lines):
+        """The file to write to, with these lines at its beginning."""
+        if self.is_remote:  # nothing can be appended to an object in a bucket
+            file = tempfile.TemporaryFile('w+', encoding='utf-8')
+            file.writelines(lines)
+            return file
+        with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(lines)
+        os.replace(self.path + '.tmp', self.path)
+        return open(self.path, 'a', encoding='utf-8', buffering=1)  # flushed line by line
+
+    def write(self, **values):
+        """Add a line; numbers that are not finite become null, as JSON has no others."""
+        if self.file is None:
+            return
+        values = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        try:
+            self.file.write(json.dumps(values) + '\n')
+        except OSError as e:
+            self._disable(e)
+
+    def upload(self):
+        """To a bucket, copy all lines: at each evaluation, before its checkpoint, and at the end.
+
+        So a resumed run finds all lines before its checkpoint. Folders have them already.
+        """
+        if self.file is None or not self.is_remote:
+            return
+        try:
+            self.file.seek(0)
+            with open_file(self.path, 'w') as f:
+                shutil.copyfileobj(self.file, f)
+        except (OSError, UserError) as e:
+            print(f'WARNING: {self.path} is not up to date: {e}; training continues')
+        finally:
+            self.file.seek(0, os.SEEK_END)
+
+    def _disable(self, error):
+        print(f'WARNING: cannot write {self.path} ({error}); training continues without it')
+        self.file = None
+
+
+def read_metrics(path):
+    """The lines of an out_dir's metrics.jsonl, or of a .jsonl file, as dicts with an int 'iter'.
+
+    Skips lines that a crash has cut off. An empty list if an out_dir has no such file.
+    """
+    is_folder = is_dir(path)
+    try:
+        with open_file(join(path, METRICS) if is_folder else path, errors='replace') as f:
+            lines = f.readlines()
+    except FileNotFoundError:
+        if not is_folder:
+            raise
+        return []
+    found = []
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if (isinstance(values, dict) and isinstance(values.get('iter'), int)
+                and abs(values['iter']) < 2 ** 63):
+            found.append(values)
+    return found
