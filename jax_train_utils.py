@@ -27,7 +27,7 @@ from nanogpt_jax.errors import (
 )
 from nanogpt_jax.sharding import (
     batch_sharding, cast_kernels, gather_params, make_mesh, partition_specs, scan_blocks,
-    shard_batch, shardings, stack_blocks, unstack_blocks,
+    pop_blocks, shard_batch, shardings, stack_blocks, unstack_blocks,
 )
 
 # -----------------------------------------------------------------------------
@@ -308,12 +308,11 @@ def sharded_model(graphdef, params, specs):
 
     def make_model(params):
         model = nnx.merge(graphdef, unstack_blocks(params))
-        own, own_cast, spec = (tree['transformer'] for tree in (params, cast, specs))
-        nnx.update(model.transformer, {name: gather_params(own[name], own_cast[name], spec[name])
-                                       for name in own if name != 'h'})
+        (own, own_h), (own_cast, cast_h), (spec, spec_h) = map(pop_blocks, (params, cast, specs))
+        nnx.update(model, gather_params(own, own_cast, spec))
         return partial(model, run_blocks=partial(
-            scan_blocks, stacked=(own['h'], own_cast['h']),
-            gather=lambda shards: gather_params(*shards, spec['h'])))
+            scan_blocks, stacked=(own_h, cast_h),
+            gather=lambda shards: gather_params(*shards, spec_h)))
     return params, specs, make_model
 
 
