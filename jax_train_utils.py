@@ -511,7 +511,7 @@ def crop_state(state, block_size, mesh):
     return jax.jit(crop, out_shardings=shardings(jax.eval_shape(crop, state), mesh))(state)
 
 
-# always from the checkpoint: its weights have this shape. block_size can be cropped, dropout changed
+# always from the checkpoint, whose weights have this shape; block_size can be cropped
 MODEL_SHAPE = set(GPT_ARGS) - {'block_size', 'dropout'}
 # never from the checkpoint: they belong to the command and the machine
 NOT_RESUMED = ('init_from', 'out_dir', 'eval_only', 'device', 'attention', 'compilation_cache',

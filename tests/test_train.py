@@ -1,4 +1,4 @@
-"""Complete runs of train_jax.py, and the functions that its settings, batches and log go through."""
+"""Whole runs of train_jax.py, and the functions that its settings, batches and log go through."""
 
 import io
 import os
