@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jax_transformer import GPT
+from jax_transformer import GPT, training_loss
 from nanogpt_jax import run_dir
 # handed on, so that a script gets optimizer, schedule, batches and checkpoints from one file
 from nanogpt_jax.checkpoint import Checkpoints as Checkpoints
@@ -323,7 +323,7 @@ def make_grad_fn(graphdef, mesh):
 
         def loss_fn(params, x, y, key):
             model = make_model(params)
-            _, loss = model(x, y, rngs=nnx.Rngs(dropout=key))
+            loss = training_loss(model, x, y, nnx.Rngs(dropout=key))
             return loss * scale, loss
 
         def micro_step(sums, batch):

@@ -26,7 +26,7 @@ from flax import nnx
 import jax_train_utils as utils
 import jax_transformer
 from jax_transformer import GPT, GPTConfig, export_torch_weights, load_torch_weights
-from nanogpt_jax import devices, processes, sharding, tokenizer
+from nanogpt_jax import devices, launch, sharding, tokenizer
 from nanogpt_jax.checkpoint import Checkpoints, checksum
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.metrics import NonFiniteError, check_finite
@@ -262,7 +262,7 @@ def test_launchers_are_recognized_by_their_environment_variables():
             ({'RANK': '3', 'WORLD_SIZE': '4', 'SLURM_PROCID': '1', 'SLURM_STEP_NUM_TASKS': '2'},
              (3, 4))):
         with mock.patch.dict(os.environ, env):
-            assert processes.process_rank() == want, env
+            assert launch.process_rank() == want, env
 
 
 @area('devices')

@@ -20,7 +20,7 @@ import optax
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 import jax_train_utils as utils
-from jax_transformer import GPT_ARGS, GPTConfig
+from jax_transformer import GPTConfig, model_args as model_args_of
 from nanogpt_jax import devices as machine
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.metrics import (
@@ -172,18 +172,20 @@ if wandb_log:
 def create_state():
     """Returns (training state on the mesh's devices, model_args) for init_from."""
     global iter_num, best_val_loss, saved
-    model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
-                      bias=bias, vocab_size=vocab_size, dropout=dropout)
+    model_args = model_args_of(GPTConfig(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias,
+        vocab_size=vocab_size, dropout=dropout))
     if init_from == 'scratch':
         print('Initializing a new model from scratch')
         if meta_vocab_size is None:
             print('defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)')
-        return utils.init_train_state(GPTConfig(**model_args), tx, seed, mesh), model_args
+        return (utils.init_train_state(GPTConfig.from_model_args(model_args), tx, seed, mesh),
+                model_args)
     if init_from == 'resume':
         # only now are the arrays read: if they are damaged, an earlier checkpoint is resumed
         latest = iter_num
         iter_num, saved, state = resume_from.load('latest', lambda saved:
-            utils.abstract_train_state(GPTConfig(**saved['model_args']), tx, mesh))
+            utils.abstract_train_state(GPTConfig.from_model_args(saved['model_args']), tx, mesh))
         best_val_loss = saved['best_val_loss']
         if iter_num < latest:
             print(f'Resuming training from {out_dir}, from iteration {iter_num}')
@@ -196,7 +198,7 @@ def create_state():
         whose = 'GPT-2' if os.path.isdir(init_from) else 'OpenAI GPT-2'
         print(f'Initializing from {whose} weights: {init_from}')
         state, gptconf = utils.load_pretrained(init_from, tx, mesh, block_size, dropout)
-        return state, {name: getattr(gptconf, name) for name in GPT_ARGS}
+        return state, model_args_of(gptconf)
     raise UserError(f"init_from is {init_from!r}; it must be 'scratch', 'resume', 'gpt2', "
                     "'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json and "
                     'model.safetensors')
@@ -218,7 +220,8 @@ attention = machine.attention_path(
 if attention != 'xla' and dropout > 0:
     print(f'attention: {attention} in evaluation, xla in training: '
           'the fused kernel has no dropout in JAX')
-gptconf = GPTConfig(**model_args, dtype=compute_type, attention=attention, remat=remat)
+gptconf = GPTConfig.from_model_args(
+    model_args, dtype=compute_type, attention=attention, remat=remat)
 model, train_graphdef, eval_graphdef = utils.split_model(gptconf)
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 for name, tensors in zip(('decayed', 'non-decayed'), utils.decay_groups(state['params'])):

@@ -309,4 +309,4 @@ def abstract_state(meta):
     """The training state that a checkpoint with this meta holds, on one device."""
     tx = utils.create_optimizer(lambda it: 0.0, 0.1, (0.9, 0.95), 1.0)
     mesh = make_mesh(jax.devices()[:1])
-    return utils.abstract_train_state(GPTConfig(**meta['model_args']), tx, mesh)
+    return utils.abstract_train_state(GPTConfig.from_model_args(meta['model_args']), tx, mesh)
