@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jax_transformer import GPT, GPT_ARGS
+from jax_transformer import GPT, GPT_ARGS, training_loss
 from nanogpt_jax import run_dir
 from nanogpt_jax.checkpoint import Checkpoints as Checkpoints  # re-exported
 from nanogpt_jax.devices import on_host
@@ -347,7 +347,7 @@ def make_grad_fn(graphdef, mesh):
 
         def loss_fn(params, x, y, key):
             model = make_model(params)
-            _, loss = model(x, y, rngs=nnx.Rngs(dropout=key))
+            loss = training_loss(model, x, y, nnx.Rngs(dropout=key))
             return loss * scale, loss
 
         def micro_step(sums, batch):

@@ -20,7 +20,7 @@ import optax
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 import jax_train_utils as utils
-from jax_transformer import GPT_ARGS, GPTConfig
+from jax_transformer import GPT_ARGS, GPTConfig, model_args
 from nanogpt_jax.checkpoint import should_save
 from nanogpt_jax.devices import (
     attention_path, compute_dtype, describe_peak, enable_compilation_cache, peak_flops,
@@ -243,9 +243,8 @@ def save(val_loss=None):
     print(f'saving checkpoint to {out_dir}')
     if metrics_file:
         metrics_file.upload() # to a bucket; a folder has them already
-    model_args = {name: getattr(gptconf, name) for name in GPT_ARGS}
     checkpoints.save(state, dict(iter_num=iter_num, best_val_loss=best_val_loss, config=config,
-                                 model_args=model_args, chars=vocabulary), val_loss)
+                                 model_args=model_args(gptconf), chars=vocabulary), val_loss)
 
 # compile
 stop = StopRequest() # signals end the loop after its current iteration
