@@ -227,11 +227,9 @@ for name, tensors in zip(('decayed', 'non-decayed'), utils.decay_groups(state['p
 on_device, full = (n_bytes / 1e6 for n_bytes in state_bytes(state))
 print(f"mesh: data {mesh.shape['data']} x fsdp {fsdp}, {on_device:,.1f} MB of the {full:,.1f} MB "
       'of training state on each device')
-peak = mesh.size * machine.peak_flops(devices[0]) # nan if it is not known
+peak = mesh.size * machine.peak_flops(devices[0])
 print(machine.describe_peak(devices[0], mesh.size))
-if wait := machine.describe_wait(
-        devices[0], model.estimate_mfu(global_batch_size, 1.0, 1.0), global_batch_size,
-        2 * eval_iters * batch_size, gradient_accumulation_steps):
+if wait := machine.describe_wait(devices[0], model.estimate_mfu(global_batch_size, 1.0, 1.0)):
     print(wait)
 
 # the jitted steps
