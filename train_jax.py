@@ -22,6 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -
 import jax_train_utils as utils
 from jax_transformer import GPT_ARGS, GPTConfig
 from nanogpt_jax import devices as machine
+from nanogpt_jax.checkpoint import quiet_orbax
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.metrics import (
     StepLog, check_finite, check_wandb, progress, start_wandb,
@@ -36,6 +37,7 @@ from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 keep_stdout_open()
+quiet_orbax()
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 (124M) on OpenWebText
 # files and logging
@@ -108,30 +110,33 @@ for key in sorted(given & {'compile', 'backend'}):
 def resume():
     """Take the settings that were not given from the latest valid checkpoint.
 
-    Returns (checkpoints, iteration, meta) of it.
+    Returns (iteration, meta) of it.
     """
     global config
-    checkpoints = utils.Checkpoints(out_dir, read_only=True)
-    step = checkpoints.latest_valid_step()
+    step, saved = checkpoints.latest_meta()
     print(f'Resuming training from {out_dir}, from iteration {step}')
-    saved = checkpoints.meta(step)
     config, differs = utils.merge_resumed_config(config, given, saved['config'])
     globals().update(config)
     if differs:
         print(f'differs from the checkpoint: {differs}')
-    return checkpoints, step, saved
+    return step, saved
 
+checkpoints = None
+if not eval_only or init_from == 'resume':
+    checkpoints = utils.Checkpoints(out_dir, read_only=eval_only) # fails early
 iter_num, best_val_loss, saved = 0, 1e9, None
 if init_from == 'resume':
-    resume_from, iter_num, saved = resume()
-    best_val_loss = saved['best_val_loss']
+    iter_num, saved = resume()
     if iter_num > max_iters and not eval_only:
         print(f'nothing left to train: {out_dir} is at iteration {iter_num}, past {max_iters=}')
         sys.exit()
-elif not eval_only and (steps := utils.steps_on_disk(out_dir)):
+elif not eval_only and (steps := checkpoints.steps()):
     raise UserError(f'{out_dir} holds checkpoints of another run (iteration {steps[-1]}): resume '
                     'it with --init_from=resume, or choose another --out_dir')
 utils.check_settings(config)
+if not eval_only:
+    checkpoints.check_free({n for n in (*range(0, max_iters + 1, eval_interval), max_iters + 1)
+                            if n > iter_num})
 
 # how a global batch is split over the devices
 global_batch_size = gradient_accumulation_steps * batch_size
@@ -182,9 +187,9 @@ def create_state():
     if init_from == 'resume':
         # only now are the arrays read: if they are damaged, an earlier checkpoint is resumed
         latest = iter_num
-        iter_num, saved, state = resume_from.load('latest', lambda saved:
+        iter_num, saved, state = checkpoints.load('latest', lambda saved:
             utils.abstract_train_state(GPTConfig(**saved['model_args']), tx, mesh))
-        best_val_loss = saved['best_val_loss']
+        best_val_loss = checkpoints.best_val_loss(config)
         if iter_num < latest:
             print(f'Resuming training from {out_dir}, from iteration {iter_num}')
         model_args = saved['model_args'] | dict(dropout=dropout)
@@ -260,14 +265,15 @@ def evaluate(stopped=lambda: False, mfu=-1.0, **last_step):
                    **({} if np.isnan(mfu) else {'mfu': mfu * 100})}) # in percent
     return losses
 
+def meta():
+    return dict(iter_num=iter_num, best_val_loss=best_val_loss, model_args=model_args,
+                config=config, chars=vocabulary)
+
 if eval_only:
     evaluate()
     sys.exit()
 
-# checkpoints and metrics; opened this late so that a mistake above leaves no folder behind
-checkpoints = utils.Checkpoints(out_dir)
-if init_from == 'resume':
-    checkpoints.quarantine_after(iter_num) # damaged ones, which would block later saves
+# metrics; opened this late so that a mistake above leaves the earlier ones
 metrics_file = MetricsFile(out_dir, iter_num) if rank == 0 else None
 
 # compile
@@ -298,11 +304,10 @@ with stop, checkpoints, log: # closes them at the end
             if improved or always_save_checkpoint:
                 best_val_loss = min(losses['val'], best_val_loss)
                 if init_from == 'resume' and iter_num == start_iter: # saved already
-                    checkpoints.record_val_loss(iter_num, losses['val'])
+                    checkpoints.record_val_loss(iter_num, losses['val'], config)
                 elif iter_num > 0:
                     print(f'saving checkpoint to {out_dir}')
-                    checkpoints.save(state, iter_num, best_val_loss, model_args, config,
-                                     vocabulary, losses['val'])
+                    checkpoints.save(state, meta(), losses['val'])
             log.resume()
 
         # one optimizer step; while the devices compute it, prepare the next batch on the host and
@@ -321,7 +326,7 @@ with stop, checkpoints, log: # closes them at the end
         norm = jax.jit(optax.tree.norm)(state['params'])
         check_finite(iter_num, {'norm of the weights': norm}, checkpoints.describe_valid)
         print(f'saving checkpoint to {out_dir}')
-        checkpoints.save(state, iter_num, best_val_loss, model_args, config, vocabulary)
+        checkpoints.save(state, meta())
 if stop.signum and checkpoints.steps():
     print(f'stopped by {stop.signum.name} before iteration {iter_num}; '
           f'resume with: python train_jax.py --init_from=resume --out_dir={out_dir}')
