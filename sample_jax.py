@@ -17,6 +17,7 @@ from flax import nnx
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 from jax_train_utils import Checkpoints, abstract_train_state, check_settings, split_model
 from jax_transformer import GPT, GPTConfig
+from nanogpt_jax.checkpoint import quiet_orbax
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.launch import keep_stdout_for_samples
@@ -29,6 +30,7 @@ from nanogpt_jax.tokenizer import get_tokenizer, read_prompt
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 # standard output is for the samples; all else goes to standard error
 samples_out = keep_stdout_for_samples()
+quiet_orbax()
 # -----------------------------------------------------------------------------
 init_from = 'resume' # 'resume' (a run's out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl',
                      # or a folder with GPT-2 weights

@@ -1045,7 +1045,8 @@ def test_characters_round_trip_and_unknown_ones_are_refused():
 
 def save(checkpoints, state, iter_num, val_loss=None, **config):
     config = {'always_save_checkpoint': True} | config
-    checkpoints.save(state, iter_num, 1.0, dict(TINY), config, None, val_loss)
+    checkpoints.save(state, dict(iter_num=iter_num, best_val_loss=1.0, model_args=dict(TINY),
+                                 config=config, chars=None), val_loss)
 
 
 def toy_state():
