@@ -1,8 +1,8 @@
 """What tools/hlo.py finds in a compiled program: collective operations, cycles on a TPU."""
 
-from tools.hlo import (
-    collectives, custom_calls, cycles_by_part, estimated_cycles, matmul_types, stored_shapes,
-)
+from hlo_text import matmul_types, stored_shapes
+
+from tools.hlo import collectives, custom_calls, cycles_by_part, estimated_cycles
 
 PROGRAM = """
 HloModule step
