@@ -1,6 +1,6 @@
 """
 Write train.bin and val.bin: OpenWebText, another data set of the Hugging Face hub, or documents of
-your own, in GPT-2's tokens, or in those of a tokenizer.json. They are large: read readme.md first.
+your own, in GPT-2's tokens or those of a tokenizer.json. They are large: read readme.md first.
 $ python data/openwebtext/prepare.py --num_proc=8
 $ python data/openwebtext/prepare.py --input='text/*.jsonl' --out_dir=data/mytext
 $ python data/openwebtext/prepare.py --repo=HuggingFaceFW/fineweb-edu --name=sample-10BT \\
@@ -36,11 +36,10 @@ def parse_flags():
                                      formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add('--input', help='local files instead of OpenWebText: .jsonl, .parquet or .txt (one\n'
-                        'document per file); patterns like text/*.txt, several with commas')
+                        'document per file); patterns like text/*.txt, separated by commas')
     add('--repo', help='another data set of the hub, such as HuggingFaceFW/fineweb-edu')
     add('--name', help="which of the --repo's configurations, such as sample-10BT")
-    add('--text_column', help='the column of --input or --repo that has the text, if it is not\n'
-                              'named text')
+    add('--text_column', help='the column of --input or --repo with the text (text)')
     add('--out_dir', help="folder to write to: by default this script's; required with --input\n"
                           'and --repo')
     add('--train_tokenizer', type=int, metavar='N',
@@ -55,34 +54,34 @@ def parse_flags():
         raise UserError(f'{message}; --help lists the flags')
     parser.error = refuse
     args = parser.parse_args()
-    check_flags(args, refuse)
+    check_flags(args)
+    args.out_dir = args.out_dir or os.path.dirname(os.path.abspath(__file__))
+    if os.path.exists(os.path.join(args.out_dir, 'meta.pkl')):
+        raise UserError(f'{args.out_dir} has a meta.pkl, the vocabulary of other data: choose '
+                        'another --out_dir, or delete it')
     return args
 
 
-def check_flags(args, refuse):
-    """Refuse flags that do not fit together, and fill in the default of out_dir."""
-    local, own = args.input is not None, args.input is not None or args.repo is not None
+def check_flags(args):
+    """Raise UserError for flags that do not fit together."""
+    local, hub = args.input is not None, args.repo is not None
     if args.num_proc < 1:
-        refuse(f'--num_proc is {args.num_proc}; it must be at least 1')
+        raise UserError(f'--num_proc is {args.num_proc}; it must be at least 1')
     if args.train_tokenizer is not None and not (
             fewest_tokens <= args.train_tokenizer <= MOST_TOKENS):
-        refuse(f'--train_tokenizer is {args.train_tokenizer}; it must be from {fewest_tokens}, all '
-               f'bytes and <|endoftext|>, to {MOST_TOKENS}, since token ids are uint16')
-    if local and (args.repo is not None or args.revision):
-        refuse('--input is for local files, --repo and --revision are for the hub')
-    if args.text_column and not own or args.name and args.repo is None:
-        refuse('--text_column belongs to --input or --repo, --name to --repo')
-    if own and not args.out_dir:
-        refuse(f'--{"input" if local else "repo"} needs --out_dir, as in --out_dir=data/mytext, so '
-               'that OpenWebText is not overwritten')
-    args.out_dir = args.out_dir or os.path.dirname(os.path.abspath(__file__))
-    if os.path.exists(os.path.join(args.out_dir, 'meta.pkl')):
-        refuse(f'{args.out_dir} has a meta.pkl, the vocabulary of other data: choose another '
-               '--out_dir, or delete it')
+        raise UserError(f'--train_tokenizer is {args.train_tokenizer}; it must be from '
+                        f'{fewest_tokens} (all bytes and <|endoftext|>) to {MOST_TOKENS} (uint16)')
+    if local and (hub or args.revision):
+        raise UserError('--input is for local files, --repo and --revision are for the hub')
+    if args.text_column and not (local or hub) or args.name and not hub:
+        raise UserError('--text_column belongs to --input or --repo, --name to --repo')
+    if (local or hub) and not args.out_dir:
+        raise UserError(f'--{"input" if local else "repo"} needs --out_dir, as in '
+                        '--out_dir=data/mytext, so that OpenWebText is not overwritten')
 
 
 def find_files(patterns):
-    """(paths that match, sorted within each pattern; their common extension)."""
+    """(paths that match, sorted within each pattern; their common extension). Raises UserError."""
     paths = []
     for pattern in patterns.split(','):
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -194,7 +193,7 @@ def main():
     args = parse_flags()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    # the errors raised here have the reason in one line
+    # errors are raised here, with the reason in one line
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     files = None if args.input is None else find_files(args.input)
     with locked(args.out_dir):
