@@ -22,7 +22,7 @@ from jax_train_utils import (
 from jax_transformer import (
     GPTConfig, export_torch_weights, load_torch_weights, model_args as model_args_of,
 )
-from nanogpt_jax.checkpoint import steps_on_disk
+from nanogpt_jax.checkpoint import quiet_orbax, steps_on_disk
 from nanogpt_jax.devices import select_devices
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.run_dir import data_dir_of, is_remote
@@ -31,6 +31,7 @@ from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import end_of_text, load_vocabulary, make_tokenizer
 
 sys.excepthook = report_user_error
+quiet_orbax()
 # -----------------------------------------------------------------------------
 src = '' # a ckpt.pt of nanoGPT, or the out_dir of a run of train_jax.py
 dst = '' # the path to write: an out_dir, a ckpt.pt, or a folder
@@ -188,8 +189,9 @@ def nanogpt_to_run():
     vocabulary = vocabulary_of(config, data_dir_of(str(settings.get('dataset', ''))))
     iter_num = int(ckpt['iter_num'])
     with Checkpoints(dst) as checkpoints:
-        checkpoints.save(state, iter_num, float(ckpt['best_val_loss']), model_args, settings,
-                         vocabulary)
+        checkpoints.save(state, dict(
+            iter_num=iter_num, best_val_loss=float(ckpt['best_val_loss']), model_args=model_args,
+            config=settings, chars=vocabulary))
     print(f'{dst} has iteration {iter_num} of {src}, {"with" if has_moments else "without"} the '
           "optimizer's moments; resume with: "
           f'python train_jax.py --init_from=resume --out_dir={dst}')

@@ -17,9 +17,10 @@ from flax import nnx
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 from jax_train_utils import Checkpoints, abstract_train_state, check_settings, split_model
 from jax_transformer import GPT, GPTConfig
+from nanogpt_jax.checkpoint import quiet_orbax
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
-from nanogpt_jax.launch import open_closed_streams
+from nanogpt_jax.launch import keep_stdout_for_samples
 from nanogpt_jax.sampling import (
     Continuation, check_sampling_memory, check_sampling_settings, stream_tokens,
 )
@@ -27,9 +28,9 @@ from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import get_tokenizer, read_prompt
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
-open_closed_streams()
 # standard output is for the samples; all else goes to standard error
-samples_out, sys.stdout = sys.stdout, sys.stderr
+samples_out = keep_stdout_for_samples()
+quiet_orbax()
 # -----------------------------------------------------------------------------
 init_from = 'resume' # 'resume' (a run's out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl',
                      # or a folder with GPT-2 weights
@@ -54,7 +55,6 @@ from configurator import configure
 config, given = configure(globals()) # all settings, and the names of those that were given
 # -----------------------------------------------------------------------------
 
-samples_out.reconfigure(errors='replace') # a terminal that lacks a character gets ? for it
 if interactive and 'num_samples' not in given:
     num_samples = 0
 if num_samples < 0 or num_samples == 0 and not interactive:
