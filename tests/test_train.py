@@ -40,7 +40,7 @@ def test_log_lines_are_nanogpts_and_the_loss_falls(folder):
                  'saving checkpoint to out_jax', '--compile has no counterpart here',
                  '--backend has no counterpart here',
                  'computing in float32, as nanoGPT does on this device, not in float16',
-                 'mfu is nan: no peak of a cpu is known'):
+                 'TFLOP/s, the float32 matmul rate measured on this CPU'):
         assert line in out, line
     assert len(re.findall(r'^compiled in \d+\.\d s$', out, re.M)) == 1
     # the state after the last iteration is saved, as a line says, and the best checkpoint is kept
