@@ -99,7 +99,8 @@ def test_processes_cannot_be_connected_once_jax_is_in_use(folder):
 
 @pytest.mark.parametrize('rank', ['0', '1'])
 def test_a_missing_process_is_waited_for_as_long_as_told_and_named_in_one_line(folder, rank):
-    processes = f'2 processes at localhost:2987{rank}'
+    with socket.create_server(('', 0)) as server:
+        processes = f'2 processes at localhost:{server.getsockname()[1]}'
     result = run(folder, 'train_jax.py', *TINY, '--heartbeat_timeout=2', JAX_PROCESS_ID=rank,
                  JAX_NUM_PROCESSES='2', JAX_COORDINATOR_ADDRESS=processes.split()[-1])
     assert result.returncode == 1, result.stderr
