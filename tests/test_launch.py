@@ -233,8 +233,10 @@ class NotebookStream(io.StringIO):
 
 def test_scripts_leave_the_streams_of_a_notebook_as_they_are(folder, monkeypatch, capsys):
     script = textwrap.dedent("""
-        import runpy, sys
+        import os, runpy, signal, sys
         from test_launch import NotebookStream
+        wakeup_fd = os.pipe2(os.O_NONBLOCK)[1]
+        signal.set_wakeup_fd(wakeup_fd)  # as the kernel's asyncio does
         stdout, stderr = sys.stdout, sys.stderr = NotebookStream(), NotebookStream()
         def run(script, *args):
             sys.argv = [script, '--device=cpu', *args]
@@ -247,6 +249,7 @@ def test_scripts_leave_the_streams_of_a_notebook_as_they_are(folder, monkeypatch
             stdout.truncate(0)
         run('train_jax.py', *sys.argv[1:])
         run('sample_jax.py', '--num_samples=1', '--max_new_tokens=3', '--start=abc')
+        assert signal.set_wakeup_fd(-1) == wakeup_fd
     """).replace('ROOT', ROOT)
     path = os.pathsep.join([ROOT, os.path.join(ROOT, 'tests')])
     result = finish(start(folder, '-c', script, *TINY, '--max_iters=2', PYTHONPATH=path))

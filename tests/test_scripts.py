@@ -82,6 +82,7 @@ def test_samples_continue_the_prompt_past_block_size_and_repeat_with_the_seed(tr
     assert texts(out) == texts(sample(trained, '--num_samples=3', *flags))
     assert texts(out)[:1] == texts(sample(trained, '--num_samples=1', *flags))
     assert texts(out) != texts(sample(trained, '--num_samples=3', *flags, '--seed=1'))
+    assert texts(sample(trained, '--num_samples=1', *flags, '--max_new_tokens=0')) == ['abc']
 
 
 def test_a_prompt_can_come_from_a_file(trained):
@@ -94,11 +95,6 @@ def test_samples_of_temperature_zero_are_equal_with_any_seed(trained):
     flags = ['--num_samples=2', '--max_new_tokens=9', '--start=abc', '--temperature=0.0']
     greedy = texts(sample(trained, *flags))
     assert len(set(greedy)) == 1 and greedy == texts(sample(trained, *flags, '--seed=9'))
-
-
-def test_no_new_tokens_leave_the_prompt(trained):
-    out = sample(trained, '--num_samples=1', '--max_new_tokens=0', '--start=abc')
-    assert texts(out) == ['abc']
 
 
 def test_streamed_samples_are_those_of_one_batch_and_stderr_counts_them(trained):
