@@ -182,11 +182,11 @@ jax.block_until_ready(for_ever(1))
 
 
 def test_the_first_process_announces_a_signal_to_another_and_a_second_one_ends_each_at_once():
-    started = start_processes(ROOT, 2, command=[sys.executable, '-c', COMPUTES_FOR_EVER])
+    started = start_processes(ROOT, 2, COMPUTES_FOR_EVER, script='-c')
     kill = threading.Timer(60, lambda: [process.kill() for process in started])
     kill.start()
     for process in started:
-        while process.stderr.readline() != 'ready\n':  # a file, which grows
+        while process.stderr.readline() != 'ready\n':
             assert kill.is_alive()
     started[1].send_signal(signal.SIGTERM)
     assert started[0].stdout.readline().startswith('waiting for 2 processes')
