@@ -32,7 +32,9 @@ from nanogpt_jax import devices, launch, sharding, tokenizer
 from nanogpt_jax.checkpoint import Checkpoints, checksum
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.ops import cross_entropy, matmul
-from nanogpt_jax.sampling import Continuation, filter_logits, sampling_weights, stream_tokens
+from nanogpt_jax.sampling import (
+    Continuation, Sampler, filter_logits, sampling_weights, stream_tokens,
+)
 
 TESTDATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'testdata')
 COMPILER, PARITY = 'XLA on this machine', 'parity with nanoGPT'
@@ -820,9 +822,9 @@ def test_chunks_and_a_sequence_alone_give_the_tokens_of_the_full_batch():
     model, x, key = tiny(), tokens(3, 5), jax.random.key(1)
     want = np.asarray(model.generate(x, 20, key=key))[:, 5:]
     for chunk in (1, 7):
-        chunks = list(stream_tokens(model, x, 20, key=key, chunk=chunk))
+        chunks = list(stream_tokens(model, x, 20, Sampler(), key, chunk))
         np.testing.assert_array_equal(np.concatenate(chunks, axis=1), want)
-    alone = list(stream_tokens(model, x[1:2], 20, key=key, first=1))
+    alone = list(stream_tokens(model, x[1:2], 20, Sampler(), key, first=1))
     np.testing.assert_array_equal(np.concatenate(alone, axis=1), want[1:2])
 
 
@@ -1195,8 +1197,8 @@ def test_a_flipped_bit_is_detected():
             byte = f.read(1)[0]
             f.seek(20)
             f.write(bytes([byte ^ 1]))
-        assert_refused(lambda: checkpoints.load('1', lambda meta: abstract), 'is damaged')
         with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert_refused(lambda: checkpoints.load('1', lambda meta: abstract), 'is damaged')
             assert_refused(lambda: checkpoints.load('latest', lambda meta: abstract),
                            'no checkpoint', 'is valid')
         assert 'is damaged' in out.getvalue() and 'it is not used' in out.getvalue()
