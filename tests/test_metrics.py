@@ -15,6 +15,7 @@ import pytest
 from helpers import ENV, ITER, STEP, TINY, TRAIN, train
 
 from nanogpt_jax import devices, metrics
+from nanogpt_jax.errors import UserError
 from nanogpt_jax.metrics import progress
 from nanogpt_jax.run_dir import MetricsFile, read_metrics
 
@@ -98,6 +99,15 @@ def test_metrics_that_cannot_be_written_are_a_warning(tmp_path, capsys):
     metrics_file = MetricsFile(tmp_path / 'absent', 0)
     metrics_file.write(iter=0)
     assert capsys.readouterr().out.startswith('WARNING: ') and metrics_file.file is None
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='there are no named pipes')
+def test_metrics_that_are_a_named_pipe_are_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / 'metrics.jsonl')
+    with pytest.raises(UserError, match='metrics.jsonl is not a file'):
+        read_metrics(tmp_path)
+    assert MetricsFile(tmp_path, 3).file is None
+    assert 'is not a file); training continues without it' in capsys.readouterr().out
 
 
 def test_read_metrics_skips_lines_that_are_no_metrics(tmp_path):

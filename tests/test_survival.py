@@ -1,8 +1,8 @@
 """Runs that are stopped, killed, run out of disk space, diverge, or lose files of a checkpoint."""
 
+import builtins
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import pty
@@ -16,19 +16,19 @@ import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import helpers
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from helpers import (
     ENV, ITER, OPTIMIZED, ROOT, STEP, TINY, TRAIN, abstract_state, finish, one_line_error, run,
     run_inside, saved, start_processes, train, with_data,
 )
 
 import jax_train_utils as utils
-from nanogpt_jax.checkpoint import VAL_LOSS, Checkpoints, steps_on_disk
+from nanogpt_jax.checkpoint import Checkpoints, steps_on_disk
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.run_dir import LOCK, hold_out_dir, release_out_dir
 from nanogpt_jax.launch import RobustStream, open_closed_streams
@@ -87,7 +87,7 @@ def test_processes_agree_on_the_step_to_stop_at(folder):
     (out, err), (_, other) = (process.communicate(timeout=120) for process in started)
     assert [process.returncode for process in started] == [0, 0], err + other
     last = re.search(r'stopped by SIGTERM before iteration (\d+)', out)[1]
-    assert last == str(Checkpoints(folder / 'out_jax', read_only=True).latest_valid_step())
+    assert last == str(Checkpoints(folder / 'out_jax', read_only=True).latest_meta()[0])
 
 
 def test_processes_agree_on_the_part_of_an_evaluation_to_stop_at(folder):
@@ -127,7 +127,7 @@ def test_a_run_is_saved_when_ctrl_c_also_ends_the_reader_of_its_log(folder):
     os.killpg(process.pid, signal.SIGINT)
     # communicate returns when every process of the pipeline has ended
     assert 'Traceback' not in process.communicate(timeout=60)[1]
-    step = Checkpoints(folder / 'out_jax', read_only=True).latest_valid_step()
+    step = Checkpoints(folder / 'out_jax', read_only=True).latest_meta()[0]
     assert step > int(ITER.match(line)[1])
 
 
@@ -257,7 +257,7 @@ def test_a_run_is_saved_when_its_terminal_is_closed(folder):
     os.close(theirs)
     os.close(terminal)  # the kernel sends SIGHUP, and nothing can be printed any more
     assert process.communicate(timeout=60) == (None, b'') and process.returncode == 0
-    assert Checkpoints(folder / 'out_jax', read_only=True).latest_valid_step() > 0
+    assert Checkpoints(folder / 'out_jax', read_only=True).latest_meta()[0] > 0
 
 
 def test_what_a_closed_terminal_cannot_take_is_discarded():
@@ -312,48 +312,19 @@ def test_a_second_run_is_refused_at_once_until_the_first_is_gone(folder):
     step = steps_on_disk(folder / 'out_jax')[-1]
     result = run_inside(folder, 'train_jax.py', *RESUME, f'--max_iters={step + 1}')
     assert result.returncode == 0, result.stderr
-    assert not (folder / 'out_jax' / LOCK).exists()
 
 
-@pytest.fixture
-def held(tmp_path):
-    """An out_dir that this process holds."""
-    hold_out_dir(tmp_path / 'a' / 'b')
-    yield tmp_path / 'a' / 'b'
-    release_out_dir()
-
-
-def test_an_out_dir_is_released_with_the_folders_created_for_it_if_they_are_empty(held):
-    assert os.listdir(held) == [LOCK]
-    release_out_dir()
-    assert not held.parent.exists()
-    hold_out_dir(held)
-    (held / '5').mkdir()
-    release_out_dir()
-    assert os.listdir(held) == ['5']
-
-
-def test_a_lock_that_is_removed_while_another_run_opens_it_locks_nothing(held, monkeypatch):
-    flock, calls = fcntl.flock, []
-    def released_first(lock, operation):
-        if not calls:
-            release_out_dir()  # removes the file that was just opened
-            held.mkdir(parents=True)
-        calls.append(os.fstat(lock.fileno()).st_nlink)
-        return flock(lock, operation)
-    monkeypatch.setattr(fcntl, 'flock', released_first)
-    other = open(held / LOCK)
-    monkeypatch.setattr('nanogpt_jax.run_dir.release_out_dir', lambda: None)
-    hold_out_dir(held)
-    assert calls == [0, 1]  # the second has a name
-    other.close()
-
-
-def test_a_file_system_without_locks_is_a_warning(held, monkeypatch, capsys):
+def test_the_lock_of_an_out_dir_holds_through_links_and_its_lack_is_a_warning(
+        tmp_path, monkeypatch, capsys):
+    (tmp_path / 'link').symlink_to(tmp_path / 'run')
+    hold_out_dir(tmp_path / 'run')
+    with pytest.raises(UserError, match='another run is writing to .*link: process'):
+        hold_out_dir(tmp_path / 'link')
     def no_locks(lock, operation):
         raise OSError(errno.ENOLCK, 'No locks available')
     monkeypatch.setattr(fcntl, 'flock', no_locks)
-    hold_out_dir(held)
+    hold_out_dir(tmp_path / 'run')
+    release_out_dir()
     assert re.match(r'WARNING: .* cannot be locked \(.*No locks available\)',
                     capsys.readouterr().out)
 
@@ -364,10 +335,15 @@ def test_a_file_system_without_locks_is_a_warning(held, monkeypatch, capsys):
     ('', ['out_dir is empty', '--out_dir=out_jax']),
     ('data/tiny/val.bin', ['data/tiny/val.bin', 'a file and not a folder', '--out_dir']),
     ('data/tiny/val.bin/x', ['data/tiny/val.bin/x', '--out_dir']),
+    ('dangling', ['a link to absent', '--out_dir']),
+    ('back\\slash', [r'back\slash', 'a folder without one']),
+    ('caf\udcea', ['UTF-8', '--out_dir']),
     ('x' * 5000, ['--out_dir'])])
 def test_an_impossible_out_dir_is_refused_before_anything_is_computed(folder, out_dir, words, more):
+    (folder / 'dangling').symlink_to('absent')
     result = run_inside(folder, 'train_jax.py', *TINY, *more, f'--out_dir={out_dir}')
     one_line_error(result, *words, alone=True)
+    assert {*os.listdir(folder)} == {'dangling', 'data'}
     assert 'tokens per iteration' not in result.stdout
     assert 'platform: ' not in result.stdout or '--eval_only=True' in more
 
@@ -478,9 +454,11 @@ def test_damage_to_the_best_checkpoint_leaves_the_latest(two_checkpoints, tmp_pa
     damage(data, random.Random(0))
     checkpoints = Checkpoints(copy, read_only=True)
     assert checkpoints.load('auto', abstract_state)[0] == 6
+    checkpoints = Checkpoints(copy, read_only=True)
     with pytest.raises(UserError, match='4 is damaged: .*; try --checkpoint=latest'):
         checkpoints.load('best', abstract_state)
     # its weights are intact
+    checkpoints = Checkpoints(copy, read_only=True)
     assert checkpoints.load('best', lambda meta: {'params': abstract_state(meta)['params']})[0] == 4
 
 
@@ -491,29 +469,6 @@ def test_a_changed_number_in_meta_is_found(two_checkpoints, tmp_path):
     meta.write_text(text.replace('"iter_num": 6', '"iter_num": 5'))
     assert meta.read_text() != text
     assert Checkpoints(copy, read_only=True).load('latest', abstract_state)[0] == 4
-
-
-def test_a_checkpoint_of_older_versions_resumes_and_its_damage_is_found(two_checkpoints, tmp_path):
-    folder = shutil.copytree(two_checkpoints, tmp_path / 'copy')
-    for step in ('4', '6'):
-        old = folder / 'out_jax' / step
-        meta = json.loads((old / 'meta' / 'metadata').read_text())
-        val_loss = [meta.pop(key) for key in ('crc32', 'checksums', 'val_loss')][-1]
-        (old / 'meta' / 'metadata').write_text(json.dumps(meta))
-        if val_loss is not None:
-            (old / VAL_LOSS).write_text(json.dumps(val_loss))
-        sums = {os.path.relpath(path, old): hashlib.sha256(Path(path).read_bytes()).hexdigest()
-                for item in ('meta', 'params', 'optimizer') for path in files_of(old / item)}
-        (old / 'checksums.json').write_text(json.dumps(sums))
-    checkpoints = Checkpoints(folder / 'out_jax', read_only=True)
-    assert checkpoints.candidates('auto') == [4, 6]
-    np.testing.assert_equal(saved(folder, 'out_jax', 6)[0], saved(two_checkpoints, 'out_jax', 6)[0])
-    data = max(files_of(folder / 'out_jax' / '6' / 'optimizer'), key=os.path.getsize)
-    damage(data, random.Random(0), ['flip'])
-    assert checkpoints.load('latest', abstract_state)[0] == 4
-    os.remove(folder / 'out_jax' / '4' / 'checksums.json')
-    result = run_inside(folder, 'train_jax.py', *RESUME, '--max_iters=9')
-    one_line_error(result, 'no checkpoint in out_jax is valid')
 
 
 def test_resume_and_sampling_fall_back_to_the_latest_valid_checkpoint(two_checkpoints, tmp_path):
@@ -542,21 +497,179 @@ def test_sampling_from_the_best_checkpoint_names_the_flag_for_a_later_one(two_ch
 def test_without_a_valid_checkpoint_scripts_end_with_one_line(two_checkpoints, tmp_path):
     folder = shutil.copytree(two_checkpoints, tmp_path / 'copy')
     for step in ('4', '6'):
-        shutil.rmtree(folder / 'out_jax' / step / 'meta')
+        (folder / 'out_jax' / step / 'meta' / 'metadata').write_text('')  # as after a power failure
     before = sorted(os.listdir(folder / 'out_jax'))
-    one_line_error(run_inside(folder, 'train_jax.py', *RESUME), 'no checkpoint in out_jax is valid')
-    sampled = run_inside(folder, 'sample_jax.py', '--device=cpu', '--checkpoint=best')
-    one_line_error(sampled, 'no checkpoint in out_jax has a validation loss')
-    assert sampled.stderr.count('is damaged') == 2
+    for script in ('train_jax.py', 'sample_jax.py'):
+        result = run_inside(folder, script, *RESUME)
+        one_line_error(result, 'no checkpoint in out_jax is valid')
+        assert (result.stdout + result.stderr).count('is damaged') == 2
     assert sorted(os.listdir(folder / 'out_jax')) == before
 
 
-def test_half_written_checkpoints_are_removed_on_resume(folder):
+def test_what_a_killed_save_has_left_is_removed_on_resume(folder):
     train(folder, '--max_iters=2')
     half = folder / 'out_jax' / '9.orbax-checkpoint-tmp'
     shutil.copytree(folder / 'out_jax' / '3', half)
+    (folder / 'out_jax' / 'other.txt').touch()
+    names = ['9', '../out_jax/other.txt', 'other.txt', None]
+    (folder / 'out_jax' / 'unfinished.json').write_text(json.dumps(names))
     assert 'iter 3:' in train(folder, '--init_from=resume', '--max_iters=3')
-    assert not half.exists()
+    assert {*os.listdir(folder / 'out_jax')} == {'4', 'metrics.jsonl', LOCK, 'other.txt'}
+
+
+def test_an_error_that_says_nothing_about_a_checkpoint_stops_the_run(
+        two_checkpoints, tmp_path, monkeypatch):
+    folder = shutil.copytree(two_checkpoints, tmp_path / 'copy')
+    before, open_any = sorted(os.listdir(folder / 'out_jax')), open
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith(f'{os.sep}6{os.sep}{part}'):
+            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return open_any(path, *args, **kwargs)
+    monkeypatch.setattr(builtins, 'open', refuse)
+    for part in (f'meta{os.sep}metadata', f'params{os.sep}_METADATA'):  # noqa: B007
+        for script, *flags in (['train_jax.py', *RESUME, '--max_iters=9'],
+                               ['sample_jax.py', *SAMPLE, '--checkpoint=latest']):
+            result = run_inside(folder, script, *flags)
+            one_line_error(result, 'cannot read', f'out_jax{os.sep}6', 'Permission denied')
+            assert 'damaged' not in result.stdout + result.stderr
+    assert {*before} == {*os.listdir(folder / 'out_jax')}
+
+
+def test_a_checkpoint_of_a_changed_model_is_not_called_damaged(two_checkpoints, tmp_path):
+    copy = shutil.copytree(two_checkpoints / 'out_jax', tmp_path / 'copy')
+    def without_wpe(meta):
+        state = abstract_state(meta)
+        del state['params']['transformer']['wpe']
+        return state
+    with pytest.raises(UserError, match='written by another model: it has transformer.wpe, this '
+                                        'one has not'):
+        Checkpoints(copy, read_only=True).load('latest', without_wpe)
+    def resized(meta):
+        state = abstract_state(meta)
+        return state | {'opt_state': (state['params'], *state['opt_state'])}
+    with pytest.raises(UserError, match='written by another optimizer: it has opt_state'):
+        Checkpoints(copy, read_only=True).load('latest', resized)
+
+
+# -----------------------------------------------------------------------------
+# what is saved, and where
+
+NAME = '[x] %#?*{}:$\'"\t\n\N{LATIN SMALL LETTER E WITH ACUTE}'
+
+
+def test_a_run_is_saved_and_resumed_whatever_its_folder_is_called(folder):
+    train(folder, '--max_iters=2', f'--out_dir={NAME}/run')
+    out = train(folder, '--init_from=resume', '--max_iters=4', f'--out_dir={NAME}/run')
+    assert 'iter 3:' in out and steps_on_disk(folder / NAME / 'run') == [4, 5]
+    assert saved(folder, f'{NAME}/run', 4)[1]['iter_num'] == 4
+    # a checkpoint of another folder is read here, and the other way round
+    train(folder, '--max_iters=2')
+    shutil.move(folder / 'out_jax', folder / NAME)
+    shutil.move(folder / NAME / 'run', folder)
+    for out_dir in ('run', f'{NAME}/out_jax'):
+        train(folder, '--init_from=resume', '--max_iters=5', f'--out_dir={out_dir}')
+
+
+def test_a_save_that_cannot_be_read_back_is_an_error_and_deletes_nothing(folder, monkeypatch):
+    train(folder, '--max_iters=4')
+    monkeypatch.setattr(Checkpoints, '_try_to_save', lambda self: None, raising=False)
+    monkeypatch.setattr(epath.gpath.PosixGPath, 'glob', lambda self, pattern: iter([]))
+    result = run_inside(folder, 'train_jax.py', *RESUME, '--max_iters=100')
+    one_line_error(result, 'saving to out_jax failed', 'checkpoint 5 is complete')
+    assert {'4', '5'} < {*os.listdir(folder / 'out_jax')}
+    monkeypatch.undo()
+    monkeypatch.setattr(epath.gpath.PosixGPath, 'glob', lambda self, pattern: iter([]))
+    result = run_inside(folder, 'train_jax.py', *TINY, '--out_dir=other')
+    one_line_error(result, 'cannot save to other', '--out_dir')
+    assert 'iter 0' not in result.stdout
+
+
+def test_what_others_wrote_is_never_renamed_deleted_or_counted(two_checkpoints, tmp_path):
+    folder = shutil.copytree(two_checkpoints, tmp_path / 'copy')
+    out_dir = folder / 'out_jax'
+    (out_dir / '2024' / 'raw').mkdir(parents=True)
+    (out_dir / '2024' / 'raw' / 'data.csv').write_text('1,2')
+    shutil.copytree(out_dir, out_dir / '7')  # a run in this one
+    shutil.copytree(out_dir / '4', out_dir / '3')  # of another project that uses Orbax
+    (out_dir / '3' / 'meta' / 'metadata').write_text('{"step": 3}')
+    shutil.copytree(out_dir / '3', out_dir / '5.orbax-checkpoint-tmp')
+    others = [path for name in ('2024', '7', '3', '5.orbax-checkpoint-tmp')
+              for path in files_of(out_dir / name)]
+    (out_dir / '6' / 'meta' / 'metadata').write_text('{')
+    assert steps_on_disk(out_dir) == [4, 6]
+    result = run_inside(folder, 'train_jax.py', *RESUME, '--max_iters=6')
+    one_line_error(result, 'iteration 7 could not be saved', f'out_jax{os.sep}7', '--out_dir')
+    out = train(folder, '--init_from=resume', '--max_iters=11')
+    assert 'from iteration 4' in out and steps_on_disk(out_dir) == [8, 12]
+    assert all(os.path.exists(path) for path in others)
+    train(folder, '--out_dir=out_jax/2024', '--max_iters=2')
+    for other in ('2024/raw', '2024/3/params'):
+        result = run_inside(folder, 'sample_jax.py', f'--out_dir=out_jax/{other}')
+        one_line_error(result, 'no checkpoint in')
+
+
+def test_a_reader_beside_a_run_goes_on_with_what_replaced_its_checkpoint(
+        two_checkpoints, tmp_path, capsys):
+    copy = shutil.copytree(two_checkpoints / 'out_jax', tmp_path / 'copy')
+    def replaced_meanwhile(meta):
+        if (copy / '6').exists():
+            shutil.copytree(copy / '6', copy / '8')
+            shutil.rmtree(copy / '6')
+            shutil.rmtree(copy / '4')
+        return abstract_state(meta)
+    assert Checkpoints(copy, read_only=True).load('latest', replaced_meanwhile)[0] == 8
+    assert not capsys.readouterr().out
+
+
+def test_validation_losses_are_compared_with_those_measured_alike(folder):
+    easy = shutil.copytree(folder / 'data' / 'tiny', folder / 'data' / 'easy')
+    np.tile(np.arange(20, dtype=np.uint16), 20).tofile(easy / 'val.bin')
+    flags = ['--init_from=resume', '--always_save_checkpoint=False']
+    losses = STEP.findall(train(folder, '--max_iters=8', flags[1]))
+    out = train(folder, *flags, '--dataset=easy', '--max_iters=12')
+    assert 'measured with another dataset: the best starts anew' in out
+    assert float(STEP.findall(out)[0][2]) < float(losses[-1][2])  # so it would be the best
+    out = train(folder, *flags, '--dataset=tiny', '--max_iters=20')
+    found = STEP.findall(out)
+    assert out.count('saving checkpoint') == 1 + sum(
+        float(val) < min(float(v) for *_, v in losses + found[:i])
+        for i, (*_, val) in enumerate(found))
+    losses += found
+    best = min(losses, key=lambda found: float(found[2]))
+    checkpoints = Checkpoints(folder / 'out_jax', read_only=True)
+    assert checkpoints.load('best', abstract_state).step == int(best[0])
+    assert f'{checkpoints.best_val_loss(checkpoints.latest_meta()[1]["config"]):.4f}' == best[2]
+    # the best of the other data is kept too
+    assert len(checkpoints.steps()) == 3
+
+
+@pytest.mark.parametrize('part, error, found', [
+    ('meta/metadata', 'OSError(5, "Input/output error")', 'from iteration 6'),
+    ('params/_METADATA', 'OSError(5, "Input/output error")', 'stops'),
+    ('params/_METADATA', 'ValueError("DATA_LOSS: changed")', 'from iteration 4')])
+def test_processes_resume_the_same_checkpoint(two_checkpoints, tmp_path, part, error, found):
+    folder = shutil.copytree(two_checkpoints, tmp_path / 'copy')
+    code = textwrap.dedent(f'''
+        import os, runpy, sys
+        def refuse(event, args):
+            if event == 'open' and str(args[0]).endswith('/out_jax/6/{part}'):
+                raise {error}
+        if os.environ['JAX_PROCESS_ID'] == '1':
+            sys.addaudithook(refuse)
+        runpy.run_path({ROOT!r} + '/train_jax.py', run_name='__main__')
+    ''')
+    started = start_processes(folder, 2, *RESUME, '--max_iters=9',
+                              command=[sys.executable, '-c', code])
+    (out, err), (_, other) = (process.communicate(timeout=120) for process in started)
+    codes = [process.returncode for process in started]
+    names = {*os.listdir(folder / 'out_jax')}
+    if found == 'stops':
+        assert codes == [1, 1] and {'4', '6'} < names and 'Input/output error' in err + other
+        assert 'damaged' not in out + ' '.join(names)
+        return
+    assert codes == [0, 0] and '10' in names, out + err + other
+    assert out.count('Resuming training') == 1 + ('4' in found) and found in out
+    assert ('is damaged: ValueError: DATA_LOSS: changed' in out) == ('4' in found)
 
 
 # -----------------------------------------------------------------------------
