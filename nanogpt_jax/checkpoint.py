@@ -202,6 +202,10 @@ def names_and_shapes(tree):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def fingerprint(shapes):
+    return zlib.crc32(json.dumps(sorted(shapes.items())).encode())
+
+
 def saved_shapes(folder, item):
     """{name: shape} of the arrays that an item of a checkpoint says it has. Raises any error."""
     return names_and_shapes(ocp.StandardCheckpointHandler().metadata(
@@ -267,17 +271,13 @@ def describe_failure(folder, error):
         return ''
     if is_damage(error):
         return f'damaged {damaged(folder, error)}'
-    return f'stop {error}' if isinstance(error, UserError) else (
-        f'stop cannot read {folder}: {type(error).__name__}: {one_line(error)[:300]}')
+    if isinstance(error, UserError):
+        return f'stop {error}'
+    return f'stop cannot read {folder}: {type(error).__name__}: {one_line(error)[:300]}'
 
 
 # -----------------------------------------------------------------------------
 # several processes
-
-def remove_if_there(path):
-    if run_dir.exists(path) and not os.path.islink(path):
-        run_dir.remove_tree(path)
-
 
 def from_process_0(read, *args):
     """read(*args) of process 0, which JSON can hold, or its error, on all processes."""
@@ -416,7 +416,9 @@ class Checkpoints:
                 # the file may come from elsewhere
                 if re.fullmatch(f'{TRIAL}|{ITERATION}', name) and name not in complete:
                     for suffix in ('', ocp.utils.TMP_DIR_SUFFIX):
-                        remove_if_there(self.folder(name + suffix))
+                        left = self.folder(name + suffix)
+                        if run_dir.exists(left) and not os.path.islink(left):
+                            run_dir.remove_tree(left)
         self._note([])
 
     def _write(self, path, meta, arrays):
@@ -443,9 +445,11 @@ class Checkpoints:
         t0, step = time.perf_counter(), meta['iter_num']
         self._finish()
         arrays = split_items(state)
-        meta = seal(meta | dict(val_loss=val_loss, checksums={
-            item: checksums_of(tree) for item, tree in arrays.items()}))
         shapes = {item: names_and_shapes(tree) for item, tree in arrays.items()}
+        meta = seal(meta | dict(
+            val_loss=val_loss,
+            checksums={item: checksums_of(tree) for item, tree in arrays.items()},
+            trees={item: fingerprint(found) for item, found in shapes.items()}))
         try:
             if self.is_writer:
                 self._make_room(step)
@@ -643,7 +647,7 @@ class Checkpoints:
         folder, arrays, error = self.folder(step), {}, None
         try:
             for item, tree in abstract.items():
-                self._compare_trees(folder, item, tree)
+                self._compare_trees(step, meta, item, tree)
                 arrays[item] = restore(folder, item, tree)
         except Exception as e:  # of many types
             error = e
@@ -662,8 +666,11 @@ class Checkpoints:
             return None
         return arrays
 
-    def _compare_trees(self, folder, item, tree):
-        if text := difference(saved_shapes(folder, item), names_and_shapes(tree)):
+    def _compare_trees(self, step, meta, item, tree):
+        wanted = names_and_shapes(tree)
+        if meta.get('trees', {}).get(item) == fingerprint(wanted):
+            return
+        if text := difference(saved_shapes(self.folder(step), item), wanted):
             other = 'model' if item == 'params' else 'optimizer'
             raise UserError(f'{self.out_dir} was written by another {other}: {text}; use the code '
                             'that wrote it, or start again with another --out_dir')

@@ -213,6 +213,7 @@ def hold_out_dir(out_dir, resume=False):
     it, with that run's host and process number.
     """
     check_out_dir(out_dir, must_exist=resume)
+    release_out_dir()  # of the run before in the same notebook
     if is_remote(out_dir):
         print(f'WARNING: {out_dir} cannot be locked, as it is in a bucket: make sure that no other '
               'run writes to it')
