@@ -453,6 +453,7 @@ class Checkpoints:
         try:
             if self.is_writer:
                 self._make_room(step)
+            self.damaged.clear()  # their numbers are free again
             self._note([step])
             self._write(run_dir.absolute(self.folder(step)), meta, arrays)
         except UserError:

@@ -426,9 +426,10 @@ def test_a_full_disk_is_a_one_line_error_and_leaves_the_last_checkpoint_valid(fo
     result = subprocess.run([*limited, *RESUME, '--max_iters=100'], cwd=folder, text=True,
                             capture_output=True)
     one_line_error(result, 'saving to out_jax failed', 'checkpoint 5 is complete')
-    after = sorted(name for name in os.listdir(folder / 'out_jax') if 'tmp' not in name)
-    assert after == before
+    after = {*os.listdir(folder / 'out_jax')} - {'unfinished.json'}
+    assert sorted(name for name in after if 'tmp' not in name) == before
     assert train(folder, '--init_from=resume', '--max_iters=6').count('\niter ') == 2
+    assert {*os.listdir(folder / 'out_jax')} == {*before} - {'5'} | {'7'}
 
 
 @pytest.fixture(scope='module')
@@ -492,36 +493,30 @@ def test_damage_to_the_best_checkpoint_leaves_the_latest(two_checkpoints, tmp_pa
     assert checkpoints.load('best', lambda meta: {'params': abstract_state(meta)['params']})[0] == 4
 
 
-def test_a_changed_number_in_meta_is_found(two_checkpoints, tmp_path):
-    copy = shutil.copytree(two_checkpoints / 'out_jax', tmp_path / 'copy')
-    meta = copy / '6' / 'meta' / 'metadata'
-    text = meta.read_text()
-    meta.write_text(text.replace('"iter_num": 6', '"iter_num": 5'))
-    assert meta.read_text() != text
-    assert Checkpoints(copy, read_only=True).load('latest', abstract_state)[0] == 4
-
-
 def test_resume_and_sampling_fall_back_to_the_latest_valid_checkpoint(two_checkpoints, tmp_path):
     folder = shutil.copytree(two_checkpoints, tmp_path / 'copy')
+    meta = folder / 'out_jax' / '6' / 'meta' / 'metadata'
+    text = meta.read_text()
+    meta.write_text(text.replace('"iter_num": 6', '"iter_num": 5'))
+    assert Checkpoints(folder / 'out_jax', read_only=True).load('latest', abstract_state).step == 4
+    meta.write_text(text)
     # its meta is intact: only reading the arrays shows it
     data = max(files_of(folder / 'out_jax' / '6' / 'params'), key=os.path.getsize)
     done = damage(data, random.Random(1), ['flip'])
+    sampled = run_inside(folder, 'sample_jax.py', *SAMPLE)
+    assert ('sampling from iteration 4 of out_jax, the best; '
+            '--checkpoint=latest samples a later one\n') in sampled.stderr
     sampled = run_inside(folder, 'sample_jax.py', *SAMPLE, '--checkpoint=latest')
     assert sampled.returncode == 0, sampled.stderr
     assert 'sampling from iteration 4' in sampled.stderr and 'is damaged' in sampled.stderr
-    result = run_inside(folder, 'train_jax.py', *RESUME, '--max_iters=7')
+    result = run_inside(folder, 'train_jax.py', *RESUME, '--max_iters=7', '--eval_interval=3',
+                        '--always_save_checkpoint=True')
     assert result.returncode == 0, result.stderr
     assert f'{os.sep}6 is damaged' in result.stdout and 'from iteration 4' in result.stdout, done
     assert [i[0] for i in ITER.findall(result.stdout)] == ['4', '5', '6', '7']
     names = os.listdir(folder / 'out_jax')
-    # renamed, not deleted
-    assert '8' in names and any(name.startswith('damaged-6') for name in names)
-
-
-def test_sampling_from_the_best_checkpoint_names_the_flag_for_a_later_one(two_checkpoints):
-    sampled = run_inside(two_checkpoints, 'sample_jax.py', *SAMPLE)
-    assert ('sampling from iteration 4 of out_jax, the best; '
-            '--checkpoint=latest samples a later one\n') in sampled.stderr
+    # renamed, not deleted; what is saved under its number is intact
+    assert {'6', '8'} < {*names} and sum(name.startswith('damaged-6') for name in names) == 1
 
 
 def test_without_a_valid_checkpoint_scripts_end_with_one_line(two_checkpoints, tmp_path):
