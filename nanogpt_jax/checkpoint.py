@@ -217,14 +217,12 @@ def difference(saved, wanted):
     def some(names):
         names = [re.sub(r'\.(embedding|kernel|scale)$', '', name) for name in sorted(names)]
         return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-    texts = []
     if extra := saved.keys() - wanted.keys():
-        texts.append(f'it has {some(extra)}, this one has not')
+        return f'it has {some(extra)}, this one has not'
     if missing := wanted.keys() - saved.keys():
-        texts.append(f'it has no {some(missing)}')
-    texts += [f'its {some([name])} has the shape {saved[name]}, not {shape}'
-              for name, shape in wanted.items() if saved.get(name, shape) != shape]
-    return '; '.join(texts[:3])
+        return f'it has no {some(missing)}, this one has'
+    changed = [name for name in wanted if saved[name] != wanted[name]]
+    return f'it has other shapes of {some(changed)}' if changed else ''
 
 
 # -----------------------------------------------------------------------------
@@ -279,32 +277,28 @@ def describe_failure(folder, error):
 # -----------------------------------------------------------------------------
 # several processes
 
+def from_all_processes(text):
+    """The texts of all processes, on all processes."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(errors='replace'), np.uint8)
+    size = 1 + int(np.max(multihost_utils.process_allgather(np.int32(data.size))))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, size - data.size)))
+    return [row.tobytes().rstrip(b'\0').decode() for row in rows]
+
+
 def from_process_0(read, *args):
     """read(*args) of process 0, which JSON can hold, or its error, on all processes."""
-    if jax.process_count() == 1:
-        return read(*args)
     answer, error = {}, None
     if jax.process_index() == 0:
         try:
             answer = {'value': read(*args)}
         except Exception as e:
             answer, error = {'error': one_line(e)}, e
-    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    size = multihost_utils.broadcast_one_to_all(np.int32(text.size))
-    text = multihost_utils.broadcast_one_to_all(np.resize(text, int(size)))
-    answer = json.loads(text.tobytes())
+    answer = json.loads(from_all_processes(json.dumps(answer))[0])
     if 'error' in answer:
         raise error or UserError(answer['error'])
     return answer['value']
-
-
-def from_all_processes(text):
-    """The texts of all processes, each cut after 1000 bytes."""
-    if jax.process_count() == 1:
-        return [text]
-    row = np.frombuffer(text.encode(errors='replace')[:1000].ljust(1000, b'\0'), np.uint8)
-    rows = multihost_utils.process_allgather(row)
-    return [row.tobytes().rstrip(b'\0').decode(errors='replace') for row in rows]
 
 
 # -----------------------------------------------------------------------------
@@ -652,14 +646,16 @@ class Checkpoints:
                 arrays[item] = restore(folder, item, tree)
         except Exception as e:  # of many types
             error = e
-        for failure in sorted(from_all_processes(describe_failure(folder, error)), reverse=True):
-            kind, _, text = failure.partition(' ')
-            if kind == 'stop':
-                raise error if isinstance(error, ABOUT_MEMORY) else UserError(text)
-            if kind == 'damaged':
-                if read_meta(folder):  # else a run beside has deleted it
-                    self._give_up_on(step, DamagedError(text))
-                return None
+        failures = from_all_processes(describe_failure(folder, error))
+        kind, _, text = max(failures).partition(' ')  # 'stop' comes before 'damaged'
+        if len(failures) > 1:
+            text += f' (in process {failures.index(max(failures))})'
+        if kind == 'stop':
+            raise error if isinstance(error, ABOUT_MEMORY) else UserError(text)
+        if kind == 'damaged':
+            if read_meta(folder):  # else a run beside has deleted it
+                self._give_up_on(step, DamagedError(text))
+            return None
         if changed := [item for item in arrays
                        if checksums_of(arrays[item]) != meta['checksums'][item]]:
             self._give_up_on(step, damaged(folder, ValueError(

@@ -111,7 +111,10 @@ def replace(path, new_path):
 def remove_tree(path):
     """Delete a file, or a folder with all that is in it."""
     with reached(path) as p:
-        p.rmtree() if p.is_dir() else p.unlink()
+        if p.is_dir():
+            p.rmtree()
+        else:
+            p.unlink()
 
 
 @contextlib.contextmanager
