@@ -597,6 +597,8 @@ class Checkpoints:
         if checkpoint not in ('auto', 'latest', 'best', *map(str, known)):
             raise UserError(f'no checkpoint {checkpoint!r} in {self.out_dir}: give auto, latest, '
                             f'best, or one of {known}')
+        if checkpoint in map(str, self.damaged):
+            raise UserError(f'{self.damaged[int(checkpoint)]}; try --checkpoint=latest')
         if not metas:
             raise UserError(f'no checkpoint in {self.out_dir} is valid; start again with another '
                             '--out_dir' if known else
@@ -613,8 +615,6 @@ class Checkpoints:
             step = best
         elif checkpoint not in ('auto', 'latest'):
             step = int(checkpoint)
-        if step in self.damaged:
-            raise UserError(f'{self.damaged[step]}; try --checkpoint=latest')
         return step, metas[step]
 
     def load(self, checkpoint, abstract_of):
@@ -647,7 +647,7 @@ class Checkpoints:
         except Exception as e:  # of many types
             error = e
         failures = from_all_processes(describe_failure(folder, error))
-        kind, _, text = max(failures).partition(' ')  # 'stop' comes before 'damaged'
+        kind, _, text = max(failures).partition(' ')  # 'stop' outranks 'damaged'
         if len(failures) > 1:
             text += f' (in process {failures.index(max(failures))})'
         if kind == 'stop':

@@ -2,14 +2,19 @@
 The processes of a run: which launcher started them, how they connect, and which of them prints.
 """
 
+import builtins
+import contextlib
 import errno
 import glob
 import http.client
 import importlib.util
+import io
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import urllib.request
 
 import jax
@@ -126,14 +131,9 @@ def has_tpu_workers():
 
 def worker_hostnames():
     """The hosts of a TPU slice as its environment names them, separated by commas, or None."""
-    path = os.environ.get('TPU_PROCESS_ADDRESSES_PATH')
-    if path:
-        try:
-            with open(path, encoding='utf-8') as f:
-                return f.read().strip()
-        except OSError as e:
-            raise UserError(f'TPU_PROCESS_ADDRESSES_PATH is {path!r}, which cannot be read: {e}'
-                            ) from e
+    if path := os.environ.get('TPU_PROCESS_ADDRESSES_PATH'):
+        with open(path, encoding='utf-8') as f:
+            return f.read().strip()
     return os.environ.get('TPU_PROCESS_ADDRESSES', os.environ.get('TPU_WORKER_HOSTNAMES'))
 
 
@@ -161,26 +161,27 @@ def start_processes(device, heartbeat_timeout):
     JAX itself finds SLURM, Open MPI and Cloud TPU. heartbeat_timeout: seconds without a sign of
     life after which a process counts as dead, which ends the others. Returns the index of this
     process. Raises UserError if a launcher's variable is missing, if JAX is in use already, and for
-    a timeout below one second.
+    a timeout below one second; ends the process if not all have come in that time.
     """
     if heartbeat_timeout < 1:
         raise UserError(f'heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second')
     launcher, (rank, count) = find_launcher(), process_rank()
-    on_tpu, arguments = has_tpu(device), {}
-    if launcher == BY_HAND:
-        arguments = by_hand_arguments()
-    elif launcher == TORCHRUN and count > 1:
-        arguments = torchrun_arguments()
-    if launcher in (BY_HAND, TORCHRUN):
-        arguments |= dict(num_processes=count, process_id=rank)
-        if on_tpu:  # JAX would ask Google's metadata server for what it knows already
-            arguments['cluster_detection_method'] = 'deactivate'
-    if not (count > 1 if launcher else on_tpu and has_tpu_workers()):
+    if not (count > 1 if launcher else has_tpu(device) and has_tpu_workers()):
         return rank
-    if rank == 0 and 'coordinator_address' in arguments:
-        check_port(arguments['coordinator_address'])
+    arguments = launcher_arguments(launcher, rank, count, has_tpu(device))
+    processes = f'{count} processes' if launcher else "the TPU's processes"
+    if address := arguments.get('coordinator_address'):
+        processes += f' at {address}'
+        if rank == 0:
+            check_port(address)
+    print(f'waiting for {processes}', flush=True)
+    # its handler of SIGTERM would keep a run from being ended until training begins
+    jax.config.update('jax_enable_preemption_service', False)
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_timeout)
+        with one_line_timeout(heartbeat_timeout, rank, processes):
+            # waits longer than that, since it ends with SIGABRT and a stack of C++ calls
+            jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_timeout,
+                                       initialization_timeout=heartbeat_timeout + 60)
     except RuntimeError as e:
         if 'must be called before' not in str(e):
             raise
@@ -191,6 +192,37 @@ def start_processes(device, heartbeat_timeout):
     errors.process_label = f' in process {rank}'
     silence_other_processes(rank)
     return rank
+
+
+def launcher_arguments(launcher, rank, count, on_tpu):
+    """The arguments of jax.distributed.initialize that JAX does not find by itself."""
+    if launcher not in (BY_HAND, TORCHRUN):
+        return {}
+    arguments = by_hand_arguments() if launcher == BY_HAND else torchrun_arguments()
+    if on_tpu:  # JAX would ask Google's metadata server for what it knows already
+        arguments['cluster_detection_method'] = 'deactivate'
+    return arguments | dict(num_processes=count, process_id=rank)
+
+
+@contextlib.contextmanager
+def one_line_timeout(seconds, rank, processes):
+    """A context that prints one line and ends the process if it takes longer; Ctrl-C ends it at
+    once."""
+    def give_up():
+        print(f'error in process {rank}: waited {seconds} s (--heartbeat_timeout) for {processes}, '
+              'and not all came: see what the others print, and whether all can reach that address',
+              file=sys.stderr, flush=True)
+        os._exit(1)
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    # Python's own handler would only run after the call into C++
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        timer.cancel()
 
 
 # -----------------------------------------------------------------------------
@@ -242,10 +274,27 @@ def open_closed_streams():
             setattr(sys, f'__{name}__', stream)
 
 
+def owns_stdout():
+    """Whether a script may change sys.stdout: in a notebook it outlives the script."""
+    return isinstance(sys.stdout, io.TextIOWrapper) and not hasattr(builtins, '__IPYTHON__')
+
+
 def keep_stdout_open():
     """Make printing survive a closed pipe, and print each line at once, to a pipe or a file too;
     of several processes only the first prints."""
     open_closed_streams()
     silence_other_processes(process_rank()[0])
-    sys.stdout.reconfigure(line_buffering=True)
-    sys.stdout = RobustStream(sys.stdout)
+    if owns_stdout():
+        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout = RobustStream(sys.stdout)
+
+
+def keep_stdout_for_samples():
+    """Returns standard output, for samples; what else is printed goes to standard error, except in
+    a notebook."""
+    open_closed_streams()
+    samples_out = sys.stdout
+    if owns_stdout():
+        samples_out.reconfigure(errors='replace')  # ? for a character that a terminal lacks
+        sys.stdout = sys.stderr
+    return samples_out

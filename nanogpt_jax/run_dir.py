@@ -150,6 +150,14 @@ def file_size(path):
         raise UserError(f'cannot read {path}: {e.strerror}') from e
 
 
+def file_version(path):
+    """What differs once a file is changed or gone; None in a bucket, where it costs a request."""
+    if is_remote(path) or not os.path.exists(path):
+        return None
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
 @functools.cache  # it is asked for with every batch
 def remote_size(path):
     with reached(path):

