@@ -1,6 +1,5 @@
 """Runs that are stopped, killed, run out of disk space, diverge, or lose files of a checkpoint."""
 
-import builtins
 import errno
 import fcntl
 import json
@@ -21,10 +20,9 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from etils import epath
 from helpers import (
-    ENV, ITER, OPTIMIZED, ROOT, STEP, TINY, TRAIN, abstract_state, finish, one_line_error, run,
-    run_inside, saved, start_processes, train, with_data,
+    ENV, ITER, OPTIMIZED, RESUME, ROOT, STEP, TINY, abstract_state, finish, one_line_error, run,
+    saved, start_processes, train, with_data,
 )
 
 import jax_train_utils as utils
@@ -38,24 +36,24 @@ from nanogpt_jax.sharding import make_mesh
 KILLS = int(os.environ.get('KILLS', 5))  # 50 by hand, see BENCHMARKS.md
 FLIPS = int(os.environ.get('FLIPS', 0))  # 0: each file is damaged once; 200 by hand
 
-RESUME = ['--init_from=resume', '--device=cpu']
+TRAIN = [sys.executable, os.path.join(ROOT, 'train_jax.py')]
 SAMPLE = ['--device=cpu', '--num_samples=1', '--max_new_tokens=3', '--start=a']
 
 
 def start(folder, *args):
     """A running process of train_jax.py that has made its first step."""
-    process = helpers.start(folder, *TRAIN[1:], *args)
+    process = helpers.start(folder, 'train_jax.py', *args)
     for line in process.stdout:
         if line.startswith('iter '):
             return process
     raise AssertionError(process.stderr.read())
 
 
-def run_patched(folder, patch, *args, **env):
-    """The finished process of train_jax.py with these flags, after the Python code `patch`."""
-    code = (f'{patch}\nimport runpy, sys\nsys.argv[0] = "train_jax.py"\n'
-            f'runpy.run_path({os.path.join(ROOT, "train_jax.py")!r}, run_name="__main__")')
-    return finish(helpers.start(folder, '-c', code, *args, PYTHONPATH=ROOT, **env))
+def run_patched(folder, patch, *args, script='train_jax.py', **env):
+    """The finished process of a script with these flags, after the Python code `patch`."""
+    code = (f'{patch}\nimport runpy, sys\nsys.argv[0] = {script!r}\n'
+            f'runpy.run_path({os.path.join(ROOT, script)!r}, run_name="__main__")')
+    return finish(helpers.start(folder, '-c', code, *args, **env))
 
 
 # -----------------------------------------------------------------------------
@@ -106,8 +104,8 @@ def test_processes_agree_on_the_part_of_an_evaluation_to_stop_at(folder):
         utils.load_batch = stopped
         runpy.run_path(ROOT + '/train_jax.py', run_name='__main__')
     ''').replace('ROOT', repr(ROOT))
-    started = start_processes(folder, 2, *TINY, '--eval_interval=1', '--eval_iters=40',
-                              command=[sys.executable, '-c', code])
+    started = start_processes(folder, 2, code, *TINY, '--eval_interval=1', '--eval_iters=40',
+                              script='-c')
     (out, err), (_, other) = (process.communicate(timeout=120) for process in started)
     assert [process.returncode for process in started] == [0, 0], err + other
     assert 'stopped by SIGTERM before iteration 1;' in out
@@ -156,14 +154,14 @@ def test_an_evaluation_is_broken_off_at_its_next_part_and_the_run_saved(folder, 
             os.kill(os.getpid(), signal.SIGTERM)
         return load_batch(mesh, data_dir, split, *args)
     monkeypatch.setattr(utils, 'load_batch', stopped)
-    result = run_inside(folder, 'train_jax.py', *TINY, *flags, '--out_dir=parts')
+    result = run(folder, 'train_jax.py', *TINY, *flags, '--out_dir=parts')
     assert result.returncode == 0 and not result.stderr and parts.count('val') == 6
     assert result.stdout.count('SIGTERM: stopping after this step; press again to stop now') == 1
     assert 'stopped by SIGTERM before iteration 4; ' in result.stdout
     assert [step for step, *_ in STEP.findall(result.stdout)] == ['0']
     assert steps_on_disk(folder / 'parts') == [4]
     monkeypatch.undo()
-    result = run_inside(folder, 'train_jax.py', *RESUME, '--out_dir=parts')
+    result = run(folder, 'train_jax.py', *RESUME, '--out_dir=parts')
     assert STEP.findall(result.stdout) == STEP.findall(uninterrupted)[1:]
     for got, want in zip(saved(folder, 'parts', 9), saved(folder, 'uninterrupted', 9)):
         if 'config' in got:
@@ -298,19 +296,19 @@ def test_a_second_run_is_refused_at_once_until_the_first_is_gone(folder):
     process.send_signal(signal.SIGSTOP)  # so that it deletes no checkpoint that is read below
     owner = f'process {process.pid} on {socket.gethostname()}'
     for more in (TINY, RESUME):
-        result = run_inside(folder, 'train_jax.py', *more)
+        result = run(folder, 'train_jax.py', *more)
         one_line_error(result, 'another run is writing to out_jax', owner, '--out_dir')
         assert 'platform: ' not in result.stdout and 'Resuming' not in result.stdout
     # those that only read are not
-    result = run_inside(folder, 'sample_jax.py', *SAMPLE)
+    result = run(folder, 'sample_jax.py', *SAMPLE)
     assert result.returncode == 0, result.stderr
-    result = run_inside(folder, 'train_jax.py', *RESUME, '--eval_only=True', '--eval_iters=1')
+    result = run(folder, 'train_jax.py', *RESUME, '--eval_only=True', '--eval_iters=1')
     assert result.returncode == 0 and STEP.findall(result.stdout), result.stderr
     process.kill()
     process.communicate()
     assert (folder / 'out_jax' / LOCK).exists()  # but it is locked no longer
     step = steps_on_disk(folder / 'out_jax')[-1]
-    result = run_inside(folder, 'train_jax.py', *RESUME, f'--max_iters={step + 1}')
+    result = run(folder, 'train_jax.py', *RESUME, f'--max_iters={step + 1}')
     assert result.returncode == 0, result.stderr
 
 
@@ -345,7 +343,7 @@ def test_the_lock_of_an_out_dir_holds_through_links_and_its_lack_is_a_warning(
     ('x' * 5000, ['--out_dir'])])
 def test_an_impossible_out_dir_is_refused_before_anything_is_computed(folder, out_dir, words, more):
     (folder / 'dangling').symlink_to('absent')
-    result = run_inside(folder, 'train_jax.py', *TINY, *more, f'--out_dir={out_dir}')
+    result = run(folder, 'train_jax.py', *TINY, *more, f'--out_dir={out_dir}')
     one_line_error(result, *words, alone=True)
     assert {*os.listdir(folder)} == {'dangling', 'data'}
     assert 'tokens per iteration' not in result.stdout
@@ -379,7 +377,7 @@ def test_kills_at_random_moments_lose_only_the_work_since_the_last_save(folder):
         assert not printed or step >= printed[-1] - 2
         last_seen = step
     end = last_seen + 3
-    result = run_inside(folder, 'train_jax.py', *RESUME, '--out_dir=killed', f'--max_iters={end}')
+    result = run(folder, 'train_jax.py', *RESUME, '--out_dir=killed', f'--max_iters={end}')
     assert result.returncode == 0, result.stderr
     assert not [name for name in os.listdir(folder / 'killed') if 'tmp' in name]
     train(folder, '--eval_interval=1000', '--dropout=0.1', f'--max_iters={end}',
@@ -503,13 +501,13 @@ def test_resume_and_sampling_fall_back_to_the_latest_valid_checkpoint(two_checkp
     # its meta is intact: only reading the arrays shows it
     data = max(files_of(folder / 'out_jax' / '6' / 'params'), key=os.path.getsize)
     done = damage(data, random.Random(1), ['flip'])
-    sampled = run_inside(folder, 'sample_jax.py', *SAMPLE)
+    sampled = run(folder, 'sample_jax.py', *SAMPLE)
     assert ('sampling from iteration 4 of out_jax, the best; '
             '--checkpoint=latest samples a later one\n') in sampled.stderr
-    sampled = run_inside(folder, 'sample_jax.py', *SAMPLE, '--checkpoint=latest')
+    sampled = run(folder, 'sample_jax.py', *SAMPLE, '--checkpoint=latest')
     assert sampled.returncode == 0, sampled.stderr
     assert 'sampling from iteration 4' in sampled.stderr and 'is damaged' in sampled.stderr
-    result = run_inside(folder, 'train_jax.py', *RESUME, '--max_iters=7', '--eval_interval=3',
+    result = run(folder, 'train_jax.py', *RESUME, '--max_iters=7', '--eval_interval=3',
                         '--always_save_checkpoint=True')
     assert result.returncode == 0, result.stderr
     assert f'{os.sep}6 is damaged' in result.stdout and 'from iteration 4' in result.stdout, done
@@ -525,7 +523,7 @@ def test_without_a_valid_checkpoint_scripts_end_with_one_line(two_checkpoints, t
         (folder / 'out_jax' / step / 'meta' / 'metadata').write_text('')  # as after a power failure
     before = sorted(os.listdir(folder / 'out_jax'))
     for script in ('train_jax.py', 'sample_jax.py'):
-        result = run_inside(folder, script, *RESUME)
+        result = run(folder, script, *RESUME)
         one_line_error(result, 'no checkpoint in out_jax is valid')
         assert (result.stdout + result.stderr).count('is damaged') == 2
     assert sorted(os.listdir(folder / 'out_jax')) == before
@@ -542,19 +540,20 @@ def test_what_a_killed_save_has_left_is_removed_on_resume(folder):
     assert {*os.listdir(folder / 'out_jax')} == {'4', 'metrics.jsonl', LOCK, 'other.txt'}
 
 
-def test_an_error_that_says_nothing_about_a_checkpoint_stops_the_run(
-        two_checkpoints, tmp_path, monkeypatch):
+def test_an_error_that_says_nothing_about_a_checkpoint_stops_the_run(two_checkpoints, tmp_path):
     folder = shutil.copytree(two_checkpoints, tmp_path / 'copy')
-    before, open_any = sorted(os.listdir(folder / 'out_jax')), open
-    def refuse(path, *args, **kwargs):
-        if str(path).endswith(f'{os.sep}6{os.sep}{part}'):
-            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
-        return open_any(path, *args, **kwargs)
-    monkeypatch.setattr(builtins, 'open', refuse)
-    for part in (f'meta{os.sep}metadata', f'params{os.sep}_METADATA'):  # noqa: B007
+    before = sorted(os.listdir(folder / 'out_jax'))
+    for part in ('meta/metadata', 'params/_METADATA'):
+        refuse = textwrap.dedent(f'''
+            import sys
+            def refuse(event, args):
+                if event == 'open' and str(args[0]).endswith('out_jax/6/{part}'):
+                    raise PermissionError(13, 'Permission denied', args[0])
+            sys.addaudithook(refuse)
+        ''')
         for script, *flags in (['train_jax.py', *RESUME, '--max_iters=9'],
                                ['sample_jax.py', *SAMPLE, '--checkpoint=latest']):
-            result = run_inside(folder, script, *flags)
+            result = run_patched(folder, refuse, *flags, script=script)
             one_line_error(result, 'cannot read', f'out_jax{os.sep}6', 'Permission denied')
             assert 'damaged' not in result.stdout + result.stderr
     assert {*before} == {*os.listdir(folder / 'out_jax')}
@@ -595,16 +594,20 @@ def test_a_run_is_saved_and_resumed_whatever_its_folder_is_called(folder):
         train(folder, '--init_from=resume', '--max_iters=5', f'--out_dir={out_dir}')
 
 
-def test_a_save_that_cannot_be_read_back_is_an_error_and_deletes_nothing(folder, monkeypatch):
+def test_a_save_that_cannot_be_read_back_is_an_error_and_deletes_nothing(folder):
     train(folder, '--max_iters=4')
-    monkeypatch.setattr(Checkpoints, '_try_to_save', lambda self: None, raising=False)
-    monkeypatch.setattr(epath.gpath.PosixGPath, 'glob', lambda self, pattern: iter([]))
-    result = run_inside(folder, 'train_jax.py', *RESUME, '--max_iters=100')
+    lost = '''
+from etils import epath  # orbax merges what its glob finds
+epath.gpath.PosixGPath.glob = lambda self, pattern: iter([])
+'''
+    unnoticed = lost + '''
+from nanogpt_jax.checkpoint import Checkpoints
+Checkpoints._try_to_save = lambda self: None
+'''
+    result = run_patched(folder, unnoticed, *RESUME, '--max_iters=100')
     one_line_error(result, 'saving to out_jax failed', 'checkpoint 5 is complete')
     assert {'4', '5'} < {*os.listdir(folder / 'out_jax')}
-    monkeypatch.undo()
-    monkeypatch.setattr(epath.gpath.PosixGPath, 'glob', lambda self, pattern: iter([]))
-    result = run_inside(folder, 'train_jax.py', *TINY, '--out_dir=other')
+    result = run_patched(folder, lost, *TINY, '--out_dir=other')
     one_line_error(result, 'cannot save to other', '--out_dir')
     assert 'iter 0' not in result.stdout
 
@@ -622,14 +625,14 @@ def test_what_others_wrote_is_never_renamed_deleted_or_counted(two_checkpoints, 
               for path in files_of(out_dir / name)]
     (out_dir / '6' / 'meta' / 'metadata').write_text('{')
     assert steps_on_disk(out_dir) == [4, 6]
-    result = run_inside(folder, 'train_jax.py', *RESUME, '--max_iters=6')
+    result = run(folder, 'train_jax.py', *RESUME, '--max_iters=6')
     one_line_error(result, 'iteration 7 could not be saved', f'out_jax{os.sep}7', '--out_dir')
     out = train(folder, '--init_from=resume', '--max_iters=11')
     assert 'from iteration 4' in out and steps_on_disk(out_dir) == [8, 12]
     assert all(os.path.exists(path) for path in others)
     train(folder, '--out_dir=out_jax/2024', '--max_iters=2')
     for other in ('2024/raw', '2024/3/params'):
-        result = run_inside(folder, 'sample_jax.py', f'--out_dir=out_jax/{other}')
+        result = run(folder, 'sample_jax.py', f'--out_dir=out_jax/{other}')
         one_line_error(result, 'no checkpoint in')
 
 
@@ -683,8 +686,7 @@ def test_processes_resume_the_same_checkpoint(two_checkpoints, tmp_path, part, e
             sys.addaudithook(refuse)
         runpy.run_path({ROOT!r} + '/train_jax.py', run_name='__main__')
     ''')
-    started = start_processes(folder, 2, *RESUME, '--max_iters=9',
-                              command=[sys.executable, '-c', code])
+    started = start_processes(folder, 2, code, *RESUME, '--max_iters=9', script='-c')
     (out, err), (_, other) = (process.communicate(timeout=120) for process in started)
     codes = [process.returncode for process in started]
     names = {*os.listdir(folder / 'out_jax')}
@@ -703,7 +705,7 @@ def test_processes_resume_the_same_checkpoint(two_checkpoints, tmp_path, part, e
 def test_a_non_finite_loss_stops_the_run_and_saves_nothing(folder):
     train(folder, '--max_iters=4')
     before = sorted(os.listdir(folder / 'out_jax'))
-    result = run_inside(folder, 'train_jax.py', *RESUME, '--learning_rate=1e38', '--min_lr=1e38',
+    result = run(folder, 'train_jax.py', *RESUME, '--learning_rate=1e38', '--min_lr=1e38',
                  '--max_iters=50')
     one_line_error(result, 'not a finite number', 'checkpoint 5', '--learning_rate')
     assert sorted(os.listdir(folder / 'out_jax')) == before
