@@ -184,6 +184,11 @@ def test_read_metrics_skips_lines_that_are_no_metrics(tmp_path):
     lines = [b'', b'3', b'[]', b'{"loss": 1}', b'{"iter": "1"}', b'\xff', good, b'{"iter": 2,']
     (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join(lines))
     assert read_metrics(tmp_path) == [{'iter': 1, 'loss': None}]
+    (tmp_path / 'metrics.jsonl').unlink()
+    os.mkfifo(tmp_path / 'metrics.jsonl')  # reading it would never end
+    assert MetricsFile(tmp_path, 3).file is None
+    with pytest.raises(UserError, match='metrics.jsonl is not a file'):
+        read_metrics(tmp_path)
 
 
 # -----------------------------------------------------------------------------
