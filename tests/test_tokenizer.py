@@ -79,7 +79,7 @@ def test_a_run_takes_its_vocabulary_from_tokenizer_json_and_its_checkpoint_keeps
     (word_level('<|endoftext|>', 'the'), ['other characters or tokens', 'data/other']),
     (word_level('a', size=65537), ['data/other/tokenizer.json', '65,537 tokens', 'uint16']),
     ('{"model": 1}', ['cannot use data/other/tokenizer.json']),
-    ('no JSON', ['cannot read data/other/tokenizer.json']),
+    ('no JSON', ['cannot use data/other/tokenizer.json']),
 ])
 def test_another_tokenizer_is_refused_in_one_line(trained, text, words):
     write_tokens(trained / 'data' / 'other', word_level('a'))
