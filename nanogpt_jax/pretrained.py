@@ -276,10 +276,10 @@ def write_folder(folder, weights, args, tokenizer):
         tensors.setdefault(name, np.zeros(shape, np.float32))  # GPT-2 has all biases
     end = tokenizer and end_of_text(tokenizer)
     ends = dict(bos_token_id=end, eos_token_id=end)
+    # gelu is the exact form; llama.cpp's converter reads n_ctx
     config = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu',
-                  n_positions=args['block_size'], n_ctx=args['block_size'],  # the latter for llama.cpp
-                  layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-                  dtype='float32', **ends)  # gelu is the exact form
+                  n_positions=args['block_size'], n_ctx=args['block_size'],
+                  layer_norm_epsilon=1e-5, tie_word_embeddings=True, dtype='float32', **ends)
     config |= {name: args[name] for name in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
     config |= {f'{part}_pdrop': args['dropout'] for part in ('attn', 'embd', 'resid')}
     files = {'config.json': config, 'generation_config.json': ends | {
