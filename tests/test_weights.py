@@ -198,6 +198,7 @@ def test_convert_names_missing_packages_and_flags(folder, monkeypatch):
         one_line_error(run_inside(folder, 'convert_jax.py', *args), words)
     monkeypatch.setitem(sys.modules, 'lm_eval', None)
     one_line_error(run_inside(folder, 'tools.evaluate', '--tasks=x'), 'pip install lm_eval')
+    one_line_error(run_inside(folder, 'tools.evaluate'), '--tasks')
 
 
 def test_an_unreachable_hub_is_a_one_line_error(folder):

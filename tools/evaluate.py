@@ -25,7 +25,7 @@ from jax_transformer import GPT, GPTConfig
 from nanogpt_jax import run_dir
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
-from nanogpt_jax.sampling import MIN_BUCKET, Continuation, bucket_size, stream_tokens
+from nanogpt_jax.sampling import Continuation, stream_tokens
 from nanogpt_jax.sharding import make_mesh, shard_batch
 from nanogpt_jax.tokenizer import (
     end_of_text, get_tokenizer, gpt2_encoding, make_tokenizer, read_tokenizer,
@@ -51,6 +51,10 @@ from configurator import configure
 config, given = configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------
 
+if not tasks:
+    raise UserError('give --tasks, as in --tasks=hellaswag,lambada_openai')
+if batch_size < 1:
+    raise UserError(f'batch_size is {batch_size}; it must be at least 1')
 optional_import('lm_eval') # a folder of that name does not count
 from lm_eval import simple_evaluate, utils
 from lm_eval.api.model import TemplateLM
@@ -88,6 +92,12 @@ def end_of_document(vocabulary):
     return end_of_text(make_tokenizer(vocabulary, "the model's tokenizer")[0]) or 0
 
 
+def padded_length(n, block_size):
+    """The first of 16, 24, 32, 48, 64, 96, ... that holds n tokens, or block_size."""
+    lengths = (size * 2 ** k for k in range(32) for size in (16, 24))
+    return min(block_size, next(length for length in lengths if length >= n))
+
+
 @partial(jax.jit, static_argnames='graphdef')
 def score(graphdef, params, idx, targets):
     """(log-probability of each target, whether it is the most likely token) of ids idx (B, T).
@@ -115,6 +125,9 @@ class Adapter(TemplateLM):
         self.stops = [] if isinstance(vocabulary, list) else [
             self.make_decode([])([self.end]).decode()]
 
+    def get_model_info(self):
+        return {'settings': config}  # into the results' JSON
+
     @property
     def eot_token_id(self):
         return self.end
@@ -134,7 +147,7 @@ class Adapter(TemplateLM):
         B, answers = batch_size * self.mesh.size, {}
         for first in tqdm(range(0, len(order), B), 'scoring', disable=disable_tqdm):
             part = order[first:first + B]
-            T = bucket_size(len(rows[part[0]]) - 1, MIN_BUCKET, self.block_size)
+            T = padded_length(len(rows[part[0]]) - 1, self.block_size)
             idx, targets = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
             for b, i in enumerate(part):
                 n = len(rows[i]) - 1
@@ -200,10 +213,6 @@ class Tasks(TaskManager):
                 'or --include_path, and that the data is cached or the network reachable') from e
 
 
-if not tasks:
-    raise UserError('give --tasks, as in --tasks=hellaswag,lambada_openai')
-if batch_size < 1:
-    raise UserError(f'batch_size is {batch_size}; it must be at least 1')
 devices = select_devices(device)
 if compilation_cache:
     enable_compilation_cache()
