@@ -168,9 +168,13 @@ def test_a_pipeline_of_transformers_writes_the_same_greedy_text(runs, kind):
         assert ours.stdout == theirs + '\n---------------\n', ours.stderr
 
 
+def offline(folder):
+    return {'HF_HOME': str(folder / 'hub'), 'HF_HUB_OFFLINE': '1'}
+
+
 def evaluate(folder, *args):
     return run(folder, 'tools.evaluate', '--include_path=testdata/tasks', '--device=cpu',
-               '--log_samples=True', *args, HF_HOME=str(folder / 'hub'), HF_HUB_OFFLINE='1')
+               '--log_samples=True', *args, **offline(folder))
 
 
 def answers(samples):
@@ -189,8 +193,8 @@ def test_the_harness_gets_the_same_answers_of_its_own_adapter(runs):
     subprocess.run(
         [sys.executable, '-m', 'lm_eval', '--model', 'hf', '--model_args', 'pretrained=hf-own',
          '--tasks', tasks, '--include_path', 'testdata/tasks', '--device', 'cpu', '--num_fewshot',
-         '1', '--batch_size', '16', '--log_samples', '--output_path', 'theirs'], cwd=runs, check=True,
-        env=os.environ | {'HF_HOME': str(runs / 'hub'), 'HF_HUB_OFFLINE': '1'})
+         '1', '--batch_size', '16', '--log_samples', '--output_path', 'theirs'],
+        cwd=runs, check=True, env=os.environ | offline(runs))
     for task in tasks.split(','):
         path, = runs.glob(f'theirs/**/samples_{task}_*.jsonl')
         theirs = answers(map(json.loads, path.read_text().splitlines()))

@@ -264,6 +264,7 @@ def save_ckpt(path, ckpt, n_missing=0, compression=zipfile.ZIP_STORED):
         with file.open('ckpt/data.pkl', 'w') as f:
             pickler = TorchPickler(f, n_missing)
             pickler.dump(ckpt)
+        file.writestr('ckpt/version', '3\n')
         for i, storage in enumerate(pickler.storages):
             file.writestr(f'ckpt/data/{i}', storage)
 
