@@ -19,20 +19,23 @@ from flax import nnx
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and -I leave it out
 from jax_train_utils import (
     Checkpoints, abstract_train_state, create_optimizer, create_train_state, split_model,
-    steps_on_disk,
 )
-from jax_transformer import GPT_ARGS, GPTConfig, export_torch_weights, load_torch_weights
+from jax_transformer import (
+    GPTConfig, export_torch_weights, load_torch_weights, model_args as model_args_of,
+)
+from nanogpt_jax.checkpoint import quiet_orbax, steps_on_disk
 from nanogpt_jax.devices import select_devices
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.pretrained import (
-    as_tokenizer, check_is_gpt2, check_model_args, check_n_layer, gpt2_shapes, write_folder,
+    check_is_gpt2, check_model_args, check_n_layer, gpt2_shapes, write_folder,
 )
 from nanogpt_jax.run_dir import data_dir_of, hold_out_dir, is_remote
 from nanogpt_jax.sharding import make_mesh
-from nanogpt_jax.tokenizer import load_vocabulary
+from nanogpt_jax.tokenizer import as_tokenizer, end_of_text, load_vocabulary
 from nanogpt_jax.torch_file import read_torch_file
 
 sys.excepthook = report_user_error
+quiet_orbax()
 # -----------------------------------------------------------------------------
 src = '' # a ckpt.pt of nanoGPT, or the out_dir of a run of train_jax.py
 dst = '' # the path to write: an out_dir, a ckpt.pt, or a folder
@@ -96,17 +99,14 @@ def read_weights(ckpt):
 
 def read_config(ckpt, weights):
     """The GPTConfig of a checkpoint. Raises UserError if its model_args are not usable."""
-    model_args = ckpt['model_args']
-    if missing := sorted(set(GPT_ARGS) - model_args.keys() - {'dropout'}):
-        raise UserError(f'{src} lacks {", ".join(missing)} in its model_args')
-    check_model_args(model_args, src)
-    check_n_layer(model_args['n_layer'], weights, src)
-    return GPTConfig(**{name: model_args[name] for name in GPT_ARGS if name in model_args})
+    check_model_args(ckpt['model_args'], src)
+    check_n_layer(ckpt['model_args']['n_layer'], weights, src)
+    return GPTConfig.from_model_args(ckpt['model_args'])
 
 
 def model_with(config, weights):
     """A model with the given weights, {nanoGPT's name: array}."""
-    model = split_model(config)[0]
+    model = split_model(config).model
     load_torch_weights(model, weights)
     return model
 
@@ -177,7 +177,7 @@ def nanogpt_to_run():
     weights = read_weights(ckpt)
     config = read_config(ckpt, weights)
     state, has_moments = read_state(ckpt, config, weights)
-    model_args = {name: getattr(config, name) for name in GPT_ARGS}
+    model_args = model_args_of(config)
     shape = {name: value for name, value in model_args.items() if name != 'vocab_size'}
     settings = {name: value for name, value in ckpt['config'].items() if isinstance(name, str)
                 and (type(value) in (bool, float, str)
@@ -188,8 +188,9 @@ def nanogpt_to_run():
     if steps_on_disk(dst):
         raise UserError(f'{dst} holds checkpoints of another run; choose another --dst')
     with Checkpoints(dst) as checkpoints:
-        checkpoints.save(state, ckpt['iter_num'], float(ckpt['best_val_loss']), model_args,
-                         settings, vocabulary)
+        checkpoints.save(state, dict(
+            iter_num=ckpt['iter_num'], best_val_loss=float(ckpt['best_val_loss']),
+            model_args=model_args, config=settings, chars=vocabulary))
     print(f'{dst} has iteration {ckpt["iter_num"]} of {src}, '
           f'{"with" if has_moments else "without"} the '
           "optimizer's moments; resume with: "
@@ -205,11 +206,11 @@ def read_run(tx=None):
     Without an optimizer tx the state has params only. Raises UserError if it is not a GPT-2.
     """
     def abstract_of(meta):
-        config = GPTConfig(**meta['model_args'])
+        config = GPTConfig.from_model_args(meta['model_args'])
         state = abstract_train_state(config, tx or optax.identity(), make_mesh(devices))
         return state if tx else {'params': state['params']}
     _, meta, state = Checkpoints(src, read_only=True).load(checkpoint, abstract_of)
-    graphdef = split_model(GPTConfig(**meta['model_args']))[2]
+    graphdef = split_model(GPTConfig.from_model_args(meta['model_args'])).eval_graphdef
     model = nnx.merge(graphdef, state['params'])
     weights = export_torch_weights(model)
     check_is_gpt2(weights, meta['model_args'], src, lambda idx: np.asarray(model(idx, idx)[0]))
@@ -258,7 +259,8 @@ def run_to_hf():
     if not known:
         print(f'WARNING: {src} does not know the text of its tokens, so {dst} has no tokenizer')
     part = dst.rstrip('/\\') + '.part'
-    write_folder(part, weights, args, as_tokenizer(vocabulary, src) if known else None)
+    tokenizer = as_tokenizer(vocabulary, src) if known else None
+    write_folder(part, weights, args, tokenizer, tokenizer and end_of_text(tokenizer))
     os.replace(part, dst)
     print(f"{dst} has iteration {meta['iter_num']} of {src}, for "
           f"transformers.pipeline('text-generation', {dst!r})")

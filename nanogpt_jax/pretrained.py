@@ -11,7 +11,6 @@ import numpy as np
 from scipy.special import erf
 
 from nanogpt_jax.errors import UserError, optional_import
-from nanogpt_jax.tokenizer import end_of_text, gpt2_encoding, make_tokenizer
 
 GPT2_SHAPES = {  # n_layer, n_head, n_embd
     'gpt2': (12, 12, 768),  # 124M
@@ -30,6 +29,7 @@ REQUIRED = dict(model_type=('gpt2',), activation_function=('gelu_new', 'gelu'),
 
 
 SIZES = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
+GPT2_ARGS = *SIZES, 'bias', 'dropout'
 
 
 def check_model_args(args, source):
@@ -210,71 +210,34 @@ def check_is_gpt2(weights, args, source, logits_of):
 
     logits_of: ids (1, T) to the model's float32 logits (1, T, V).
     """
+    extra = [name for name, value in args.items() if name not in GPT2_ARGS and value]
+    if extra:
+        raise UserError(f'{source} is not a GPT-2, which is all that can be written: its '
+                        f'model_args have {", ".join(extra)}')
     shapes = gpt2_shapes(args)
     found = {name: w.shape for name, w in weights.items() if name != 'lm_head.weight'}
     differ = sorted(name for name in shapes.keys() | found.keys()
                     if shapes.get(name) != found.get(name))
     if differ:
-        raise UserError(f'{source} is not a GPT-2, which is all that --format=hf can write: '
+        raise UserError(f'{source} is not a GPT-2, which is all that can be written: '
                         f'{len(differ)} parameters differ from its own, {", ".join(differ[:4])}')
     idx = np.random.default_rng(0).integers(args['vocab_size'], size=min(16, args['block_size']))
     want, got = gpt2_logits(weights, args['n_head'], idx), logits_of(idx[None])[0]
     # float32 in another order of operations; another norm or activation differs by far more
     if not np.allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max()):
-        raise UserError(f'{source} is not a GPT-2, which is all that --format=hf can write: its '
+        raise UserError(f'{source} is not a GPT-2, which is all that can be written: its '
                         'parameters have the same names, but it computes other logits')
 
 
-def as_tokenizer(vocabulary, source):
-    """The tokenizers.Tokenizer of a vocabulary (of nanogpt_jax/tokenizer.py)."""
-    tokenizers = optional_import('tokenizers')
-    if isinstance(vocabulary, str):
-        return make_tokenizer(vocabulary, source)[0]
-    if vocabulary is None:
-        return gpt2_tokenizer(tokenizers)
-    vocab = {char: i for i, char in enumerate(vocabulary)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'),
-                                                              'isolated')
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    return tokenizer
+def write_folder(folder, weights, args, tokenizer=None, end=None):
+    """Write a GPT-2 as a folder for transformers.
 
-
-def gpt2_tokenizer(tokenizers):
-    """GPT-2's BPE as a tokenizers.Tokenizer, from tiktoken's ranks."""
-    enc = gpt2_encoding()
-    tokens = [enc.decode_single_token_bytes(i) for i in range(enc.eot_token)]
-    ranks = {token: i for i, token in enumerate(tokens)}
-    # GPT-2 writes bytes as characters: 188 printable ones as themselves, the others from 256 on
-    chars = {token[0]: chr(token[0] if i < 188 else 256 - 188 + i)
-             for i, token in enumerate(tokens[:256])}
-
-    def as_text(token):
-        return ''.join(chars[byte] for byte in token)
-
-    def halves(token):
-        """The two tokens that a token is merged from: what earlier merges make of its bytes."""
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            merged = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-            i = merged.index(min(merged))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        return tuple(map(as_text, parts))
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {as_text(token): i for i, token in enumerate(tokens)}, [*map(halves, tokens[256:])]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([enc.decode([enc.eot_token])])
-    return tokenizer
-
-
-def write_folder(folder, weights, args, tokenizer):
-    """Write a GPT-2 as a folder for transformers, with its tokenizer if that is not None."""
+    tokenizer: a tokenizers.Tokenizer. end: the id of its end of text, if it has one.
+    """
     tensors = {name: np.ascontiguousarray(weights[name].T) if name.endswith(CONV1D)
                else weights[name] for name in gpt2_shapes(args)}
     for name, shape in gpt2_shapes(args | {'bias': True}).items():
         tensors.setdefault(name, np.zeros(shape, np.float32))  # GPT-2 has all biases
-    end = tokenizer and end_of_text(tokenizer)
     ends = dict(bos_token_id=end, eos_token_id=end)
     # gelu is the exact form; llama.cpp's converter reads n_ctx
     config = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu',

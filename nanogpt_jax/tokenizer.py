@@ -173,6 +173,49 @@ def stream_decoder(tokenizer, prompt):
     return decode
 
 
+def as_tokenizer(vocabulary, source):
+    """The tokenizers.Tokenizer of a vocabulary (of nanogpt_jax/tokenizer.py)."""
+    tokenizers = optional_import('tokenizers')
+    if isinstance(vocabulary, str):
+        return make_tokenizer(vocabulary, source)[0]
+    if vocabulary is None:
+        return gpt2_tokenizer(tokenizers)
+    vocab = {char: i for i, char in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))  # refuses other characters
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'),
+                                                              'isolated')
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return tokenizer
+
+
+def gpt2_tokenizer(tokenizers):
+    """GPT-2's BPE as a tokenizers.Tokenizer, from tiktoken's ranks."""
+    enc = gpt2_encoding()
+    tokens = [enc.decode_single_token_bytes(i) for i in range(enc.eot_token)]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    # GPT-2 writes bytes as characters: 188 printable ones as themselves, the others from 256 on
+    chars = {token[0]: chr(token[0] if i < 188 else 256 - 188 + i)
+             for i, token in enumerate(tokens[:256])}
+
+    def as_text(token):
+        return ''.join(chars[byte] for byte in token)
+
+    def halves(token):
+        """The two tokens that a token is merged from: what earlier merges make of its bytes."""
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            merged = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+            i = merged.index(min(merged))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        return tuple(map(as_text, parts))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {as_text(token): i for i, token in enumerate(tokens)}, [*map(halves, tokens[256:])]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([enc.decode([enc.eot_token])])
+    return tokenizer
+
+
 # -----------------------------------------------------------------------------
 # text to ids and back
 

@@ -74,11 +74,12 @@ def load_model(mesh, dtype):
                 os.path.join(init_from if os.path.isdir(init_from) else '.', 'lm_eval'))
 
     def abstract_params(meta):
-        state = abstract_train_state(GPTConfig(**meta['model_args']), optax.identity(), mesh)
+        config = GPTConfig.from_model_args(meta['model_args'])
+        state = abstract_train_state(config, optax.identity(), mesh)
         return {'params': state['params']}
     step, meta, state = Checkpoints(out_dir, read_only=True).load(checkpoint, abstract_params)
     print(f'evaluating iteration {step} of {out_dir}')
-    graphdef = split_model(GPTConfig(**meta['model_args'], dtype=dtype))[2]
+    graphdef = split_model(GPTConfig.from_model_args(meta['model_args'], dtype=dtype)).eval_graphdef
     return (nnx.merge(graphdef, state['params']), meta['chars'],
             run_dir.join(out_dir, f'lm_eval-{step}'))
 
