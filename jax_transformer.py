@@ -19,7 +19,7 @@ from nanogpt_jax import pretrained
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.ops import (
     causal_attention, cross_entropy, dropout, einsum, fused_attention, gelu, matmul,
-    splash_attention,
+    normalize, splash_attention,
 )
 from nanogpt_jax.sampling import stream_tokens
 
@@ -108,11 +108,7 @@ class LayerNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x):
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        # torch's epsilon; flax's default is 1e-6
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
-        x = x * self.scale[...]
+        x = normalize(x.astype(jnp.float32)) * self.scale[...]
         if self.bias is not None:
             x = x + self.bias[...]
         return x.astype(self.dtype)
@@ -238,9 +234,10 @@ class GPT(nnx.Module):
         x = run_blocks(self.transformer.h, x, rngs, self.config.remat)
         return self.transformer.ln_f(x)
 
-    def head(self, x):
-        """Logits (..., vocab_size) in the compute dtype, from hidden states (..., C)."""
-        return matmul(x, self.transformer.wte.embedding[...].T)
+    def head(self, x, n=None):
+        """Logits (..., vocab_size) in the compute dtype, from hidden states (..., C); n: only those
+        of the first n tokens."""
+        return matmul(x, self.transformer.wte.embedding[...][:n].T)
 
     def __call__(self, idx, targets=None, rngs=None, run_blocks=run_blocks):
         """Logits and loss of token ids idx, int (B, T).
@@ -254,7 +251,7 @@ class GPT(nnx.Module):
             return self.head(x[:, -1:]), None
         with jax.named_scope('head'):
             logits = self.head(x)
-            return logits, cross_entropy(logits, targets)
+            return logits, cross_entropy(logits, targets, self.head(x, 128))
 
     def crop_block_size(self, block_size):
         """Shorten the context to block_size. Raises UserError if the model's is shorter."""

@@ -26,7 +26,7 @@ from flax import nnx
 import jax_train_utils as utils
 import jax_transformer
 from jax_transformer import GPT, GPTConfig, export_torch_weights, load_torch_weights
-from nanogpt_jax import devices, processes, sharding, tokenizer
+from nanogpt_jax import devices, launch as processes, sharding, tokenizer
 from nanogpt_jax.checkpoint import Checkpoints, checksum
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.metrics import NonFiniteError, check_finite
