@@ -1,12 +1,15 @@
 """
 The parts of a training run: learning rate and optimizer, batches, the training state, the jitted
-steps, and what a resumed run takes from its checkpoint. Functions with explicit arguments; none
-reads a global setting.
+steps, and what a resumed run takes from its checkpoint. Nothing here reads a global setting.
 """
 
 import math
 import os
+import sys
+import time
+from datetime import timedelta
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +18,16 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jax_transformer import GPT
+from jax_transformer import GPT, GPT_ARGS, training_loss
 from nanogpt_jax import run_dir
-# handed on, so that a script gets optimizer, schedule, batches and checkpoints from one file
-from nanogpt_jax.checkpoint import Checkpoints as Checkpoints
-from nanogpt_jax.checkpoint import steps_on_disk as steps_on_disk
+from nanogpt_jax.checkpoint import Checkpoints as Checkpoints  # re-exported
 from nanogpt_jax.devices import on_host
-from nanogpt_jax.errors import UserError, check_memory
+from nanogpt_jax.errors import (
+    UserError, check_memory, optional_import, report_user_error,
+)
 from nanogpt_jax.sharding import (
     batch_sharding, cast_kernels, gather_params, make_mesh, partition_specs, scan_blocks,
-    shard_batch, shardings, stack_blocks, unstack_blocks,
+    pop_blocks, shard_batch, shardings, stack_blocks, unstack_blocks,
 )
 
 # -----------------------------------------------------------------------------
@@ -77,32 +80,31 @@ def create_optimizer(schedule, weight_decay, betas, grad_clip):
 # -----------------------------------------------------------------------------
 # data: raw uint16 token ids in data/<dataset>/train.bin and val.bin, or in a bucket
 
-TRAIN, EVAL = 0, 1  # purposes that batches are drawn for
-ALL_IDS = 2 ** 16  # a vocabulary that has every uint16
-TOKENS_AT_START = 2 ** 24  # of each split, 32 MB: checked before anything is computed
+TRAIN, EVAL = 0, 1  # random streams
 
 
-def batch_offsets(n, n_offsets, seed, iter_num, purpose):
-    """n random offsets below n_offsets, int64: a function of (seed, iter_num, purpose) only."""
+def batch_offsets(n, n_offsets, seed, iter_num, stream):
+    """n random offsets below n_offsets, int64: a function of (seed, iter_num, stream) only."""
     # a counter-based generator has no state, so a resumed run draws the same offsets as an
     # uninterrupted one. NumPy's, since OpenWebText's offsets do not fit jax.random's int32
-    bits = np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, iter_num])
+    bits = np.random.Philox(key=[seed, stream], counter=[0, 0, 0, iter_num])
     return np.random.Generator(bits).integers(n_offsets, size=n)
 
 
 def count_tokens(data_dir, split, block_size):
     """Number of tokens in a split. Raises UserError if no batch can be drawn from it."""
     path = run_dir.join(data_dir, f'{split}.bin')
-    size = run_dir.file_size(path)
-    script = os.path.join(data_dir, 'prepare.py')
+    try:
+        size = run_dir.file_size(path)
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e.strerror or e}') from e
     if size is None and run_dir.is_remote(path):
         raise UserError(f'{path} does not exist: prepare the data on some machine, and copy its '
                         f'files to {data_dir}')
-    if size is None and os.path.exists(path):
-        raise UserError(f'{path} is no file: remove it, and prepare the data with python {script}')
     if size is None:
         hint = '. That is large; for a first run see config/train_pydoc_char.py'
-        raise UserError(f'{path} does not exist: prepare the data first, with python {script}'
+        raise UserError(f'{path} does not exist: prepare the data first, with python '
+                        + os.path.join(data_dir, 'prepare.py')
                         + (hint if data_dir.endswith('openwebtext') else ''))
     if size % 2 or size // 2 < block_size + 1:
         raise UserError(f'{path} has {size} bytes; it must have token ids of two bytes each, at '
@@ -110,81 +112,104 @@ def count_tokens(data_dir, split, block_size):
     return size // 2
 
 
-def check_tokens(data_dir, vocab_size, splits=('train', 'val')):
-    """Raise UserError if a split's first TOKENS_AT_START ids are not all below vocab_size.
+class Batches:
+    """Batches of a data set on the devices of a layout: int32 x and y, y one token ahead of x.
 
-    In a larger file the others are checked as they are read, by read_sequences.
+    vocab_size: of the model; every id must be below it. seed: of the training batches. eval_iters,
+    batch_size: an evaluation has so many batches of so many sequences. Each process reads the
+    sequences of its own devices only. Methods raise UserError if a file cannot be used.
     """
-    for split in splits:
-        path = run_dir.join(data_dir, f'{split}.bin')
+
+    def __init__(self, layout, data_dir, block_size, vocab_size, seed, eval_iters, batch_size):
+        self.layout, self.data_dir, self.block_size = layout, data_dir, block_size
+        self.vocab_size, self.seed = vocab_size, seed
+        self.eval_iters, self.batch_size = eval_iters, batch_size
+        self.n_offsets, self.versions = {}, {}
+
+    def train(self, iter_num):
+        """x, y of an optimizer step, (micro_steps, B, block_size), B split over the devices."""
+        n, micro_steps = self.layout.global_batch_size, self.layout.micro_steps
+        offsets = batch_offsets(n, self._n_offsets('train'), self.seed, iter_num, TRAIN)
+        return self._load('train', offsets.reshape(micro_steps, -1))
+
+    def evaluation(self, split):
+        """Yield x, y (B, block_size), the same in every run; targets of padding are -1."""
+        self._warn_if_changed(split)
+        offsets = np.concatenate([
+            batch_offsets(self.batch_size, self._n_offsets(split), 0, k, EVAL)
+            for k in range(self.eval_iters)])
+        n_devices = self.layout.mesh.size
+        largest = n_devices * self.layout.micro_batch_size
+        B = min(largest, math.ceil(len(offsets) / n_devices) * n_devices)
+        padding = -len(offsets) % B
+        for part in np.pad(offsets, (0, padding), constant_values=-1).reshape(-1, B):
+            yield self._load(split, part)
+
+    def _path(self, split):
+        return run_dir.join(self.data_dir, f'{split}.bin')
+
+    def _n_offsets(self, split):
+        if split not in self.n_offsets:
+            n_tokens = count_tokens(self.data_dir, split, self.block_size)
+            self.versions[split] = run_dir.file_version(self._path(split))
+            self.n_offsets[split] = n_tokens - self.block_size
+        return self.n_offsets[split]
+
+    def _warn_if_changed(self, split):
+        self._n_offsets(split)
+        version = run_dir.file_version(self._path(split))
+        if version != self.versions[split]:
+            print(f'WARNING: {self._path(split)} has changed since this run started; '
+                  'its batches are no longer those of an uninterrupted run')
+            self.versions[split] = version
+
+    def _read(self, split, offsets):
+        """The block_size + 1 tokens from each offset (n,) on: int32 (n, block_size + 1)."""
+        path, n_bytes = self._path(split), 2 * (self.block_size + 1)
         try:
-            if run_dir.is_remote(path):
-                data = run_dir.read_ranges(path, [0], 2 * TOKENS_AT_START)
-                tokens = np.frombuffer(data, np.uint16)
-            else:
-                tokens = np.fromfile(path, np.uint16, count=TOKENS_AT_START)
-            check_ids(path, tokens, vocab_size)
+            # in one call, since bucket reads are slow but concurrent
+            data = run_dir.read_ranges(path, [2 * int(i) for i in offsets], n_bytes)
         except OSError as e:
-            raise UserError(f'cannot read {path} ({e.strerror or e})') from e
+            raise UserError(f'cannot read {path}: {e.strerror or e}') from e
+        if len(data) < n_bytes * len(offsets):
+            raise UserError(f'{path} has become shorter since this run started: restore it, and '
+                            'resume the run')
+        tokens = np.frombuffer(data, np.uint16).reshape(len(offsets), -1)
+        # jax's gather would return nan for such an id
+        if (largest := tokens.max(initial=0)) >= self.vocab_size:
+            raise UserError(f"{path} has the token id {largest}, but the model's vocabulary ends "
+                            f'at {self.vocab_size - 1}: prepare the data again, or train a model '
+                            "with the data's vocabulary")
+        return tokens.astype(np.int32)
 
-
-def check_ids(path, tokens, vocab_size):
-    """Raise UserError if a token id of a file is outside the model's vocabulary."""
-    # JAX would take the embedding of another id for it, without an error
-    if (largest := tokens.max(initial=0)) >= vocab_size:
-        raise UserError(f"{path} has the token id {largest}, but the model's vocabulary ends at "
-                        f"{vocab_size - 1}: prepare the data again, or train a model with the "
-                        "data's vocabulary")
-
-
-def read_sequences(data_dir, split, offsets, block_size, vocab_size=ALL_IDS):
-    """The block_size + 1 tokens that start at each offset (n,): int32 (n, block_size + 1).
-
-    Raises UserError for an id that is not below vocab_size.
-    """
-    path = run_dir.join(data_dir, f'{split}.bin')
-    starts = [2 * int(offset) for offset in offsets]
-    tokens = np.frombuffer(run_dir.read_ranges(path, starts, 2 * (block_size + 1)), np.uint16)
-    check_ids(path, tokens, vocab_size)
-    return tokens.reshape(len(offsets), block_size + 1).astype(np.int32)
-
-
-def load_batch(mesh, data_dir, split, offsets, block_size, vocab_size=ALL_IDS):
-    """x, y on the mesh's devices for offsets (n, B): int32 (n, B, block_size), y one token ahead.
-
-    A negative offset stands for padding: a sequence whose targets are all -1. Each process reads
-    the sequences of its own devices only. Raises UserError for an id that is not below vocab_size.
-    """
-    tokens = np.zeros((*offsets.shape, block_size + 1), np.int32)
-    sharding = batch_sharding(mesh, tokens.ndim)  # splits B, so it fits offsets too
-    own = np.zeros(offsets.shape, bool)
-    for index in sharding.addressable_devices_indices_map(offsets.shape).values():
-        own[index] = True
-    # in one call, since a bucket takes long to answer, but can answer many at the same time
-    tokens[own] = read_sequences(data_dir, split, offsets[own].clip(0), block_size, vocab_size)
-    x, y = tokens[..., :-1], np.where(offsets[..., None] < 0, -1, tokens[..., 1:])
-    return shard_batch(mesh, x, y)
-
-
-def get_train_batch(mesh, data_dir, global_batch_size, grad_accum_steps, block_size, seed,
-                    iter_num, vocab_size=ALL_IDS):
-    """x, y of an optimizer step on the mesh's devices: int32 (grad_accum_steps, B, block_size)."""
-    n_offsets = count_tokens(data_dir, 'train', block_size) - block_size
-    offsets = batch_offsets(global_batch_size, n_offsets, seed, iter_num, TRAIN)
-    return load_batch(mesh, data_dir, 'train', offsets.reshape(grad_accum_steps, -1), block_size,
-                      vocab_size)
+    def _load(self, split, offsets):
+        """x, y on the devices for offsets (..., B); a negative offset stands for padding."""
+        tokens = np.zeros((*offsets.shape, self.block_size + 1), np.int32)
+        sharding = batch_sharding(self.layout.mesh, tokens.ndim)  # splits B, so it fits offsets
+        own = np.zeros(offsets.shape, bool)
+        for index in sharding.addressable_devices_indices_map(offsets.shape).values():
+            own[index] = True
+        tokens[own] = self._read(split, offsets[own].clip(0))
+        x, y = tokens[..., :-1], np.where(offsets[..., None] < 0, -1, tokens[..., 1:])
+        return shard_batch(self.layout.mesh, x, y)
 
 
 # -----------------------------------------------------------------------------
 # the model and the training state
 
+class SplitModel(NamedTuple):
+    """A model without its weights, as the jitted steps take it."""
+    model: GPT  # shapes only
+    train_graphdef: nnx.GraphDef
+    eval_graphdef: nnx.GraphDef  # without dropout
+
+
 def split_model(config):
-    """(model without weights, graphdef in training mode, graphdef in evaluation mode)."""
     model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)))
     model.eval()
     eval_graphdef = nnx.split(model, nnx.Param)[0]
     model.train()
-    return model, nnx.split(model, nnx.Param)[0], eval_graphdef
+    return SplitModel(model, nnx.split(model, nnx.Param)[0], eval_graphdef)
 
 
 def _train_state(params, tx):
@@ -283,12 +308,11 @@ def sharded_model(graphdef, params, specs):
 
     def make_model(params):
         model = nnx.merge(graphdef, unstack_blocks(params))
-        own, own_cast, spec = (tree['transformer'] for tree in (params, cast, specs))
-        nnx.update(model.transformer, {name: gather_params(own[name], own_cast[name], spec[name])
-                                       for name in own if name != 'h'})
+        (own, own_h), (own_cast, cast_h), (spec, spec_h) = map(pop_blocks, (params, cast, specs))
+        nnx.update(model, gather_params(own, own_cast, spec))
         return partial(model, run_blocks=partial(
-            scan_blocks, stacked=(own['h'], own_cast['h']),
-            gather=lambda shards: gather_params(*shards, spec['h'])))
+            scan_blocks, stacked=(own_h, cast_h),
+            gather=lambda shards: gather_params(*shards, spec_h)))
     return params, specs, make_model
 
 
@@ -309,13 +333,13 @@ def add_grads(sums, loss_fn, params, in_loop):
 def make_grad_fn(graphdef, mesh):
     """grad_fn(params, x, y, key, scale) -> (grads, loss): means over all micro-batches and devices.
 
-    x, y: int (grad_accum_steps, B, T). grads are float32 and `scale` times the gradient.
+    x, y: int (micro_steps, B, T). grads are float32 and `scale` times the gradient.
     """
     sharded = mesh.shape['fsdp'] > 1
 
     def accumulate(params, x, y, key, scale, specs):
         """What each device computes, from its sequences and its shards of params."""
-        grad_accum_steps = x.shape[0]
+        micro_steps = x.shape[0]
         key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
         make_model = partial(nnx.merge, graphdef)
         if sharded:
@@ -323,7 +347,7 @@ def make_grad_fn(graphdef, mesh):
 
         def loss_fn(params, x, y, key):
             model = make_model(params)
-            _, loss = model(x, y, rngs=nnx.Rngs(dropout=key))
+            loss = training_loss(model, x, y, nnx.Rngs(dropout=key))
             return loss * scale, loss
 
         def micro_step(sums, batch):
@@ -332,13 +356,13 @@ def make_grad_fn(graphdef, mesh):
             return add_grads(sums, micro_loss, params, in_loop=sharded), None
 
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
-        sums, _ = jax.lax.scan(micro_step, zeros, (jnp.arange(grad_accum_steps), x, y))
+        sums, _ = jax.lax.scan(micro_step, zeros, (jnp.arange(micro_steps), x, y))
 
         def mean(total, spec):
             # one all-reduce per step, over data and, for replicated arrays, over fsdp;
             # all_gather_param's gradient has summed sharded ones over fsdp already
             axes = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in spec)
-            return jax.lax.psum(total, axes) / (grad_accum_steps * mesh.size)
+            return jax.lax.psum(total, axes) / (micro_steps * mesh.size)
         grads, loss = jax.tree.map(mean, sums, (specs, PartitionSpec()))
         return unstack_blocks(grads) if sharded else grads, loss
 
@@ -355,7 +379,7 @@ def make_grad_fn(graphdef, mesh):
 def make_train_step(graphdef, tx, seed, mesh=None, scale_loss=False):
     """The jitted train_step(state, x, y, iter_num) -> (state, metrics), one optimizer step.
 
-    x, y: int (grad_accum_steps, B, T), B split over the devices of mesh (None: the first device).
+    x, y: int (micro_steps, B, T), B split over the devices of mesh (None: the first device).
     Donates the state. metrics: float32 scalars loss (the mean), grad_norm (before clipping) and,
     with scale_loss, loss_scale. scale_loss: dynamic loss scaling, for float16: a step whose
     gradient overflows changes no weight.
@@ -388,89 +412,54 @@ def make_train_step(graphdef, tx, seed, mesh=None, scale_loss=False):
 
 
 def make_eval_step(graphdef, mesh=None):
-    """The jitted eval_step(params, x, y) -> (losses, counts) for n batches, without dropout.
+    """The jitted eval_step(params, x, y) -> (loss, count) of one batch, without dropout.
 
-    x, y: int (n, B, T), B split over the devices of mesh (None: the first device). losses: float32
-    (n,), the mean loss of each batch; counts: int (n,), its number of targets that are not -1.
+    x, y: int (B, T), B split over the devices of mesh (None: the first device). loss: float32, the
+    mean over the targets that are not -1; count: int, their number.
     """
     mesh = mesh or make_mesh(jax.devices()[:1])
     sharded = mesh.shape['fsdp'] > 1
 
-    def batch_losses(params, x, y, specs):
+    def batch_loss(params, x, y, specs):
         """What each device computes, from its sequences and its shards of params."""
         make_model = partial(nnx.merge, graphdef)
         if sharded:
             params, specs, make_model = sharded_model(graphdef, params, specs)
-
-        def batch_loss(_, batch):
-            x, y = batch
-            model = make_model(params)
-            count = (y != -1).sum()
-            return None, (jnp.where(count > 0, model(x, y)[1] * count, 0), count)
-        sums = jax.lax.scan(batch_loss, None, (x, y))[1]
-        totals, counts = jax.lax.psum(sums, mesh.axis_names)
-        return totals / counts, counts
+        count = (y != -1).sum()
+        _, loss = make_model(params)(x, y)
+        total, count = jax.lax.psum((jnp.where(count > 0, loss * count, 0), count), mesh.axis_names)
+        return total / count, count
 
     @jax.jit
     def eval_step(params, x, y):
-        specs, batch = partition_specs(params, mesh), batch_sharding(mesh, 3).spec
-        return jax.shard_map(partial(batch_losses, specs=specs), mesh=mesh, check_vma=False,
+        specs, batch = partition_specs(params, mesh), batch_sharding(mesh, 2).spec
+        return jax.shard_map(partial(batch_loss, specs=specs), mesh=mesh, check_vma=False,
                              in_specs=(specs, batch, batch),
                              out_specs=PartitionSpec())(params, x, y)
     return eval_step
 
 
-def n_parts(n_batches, params, tokens):
-    """How many equal parts to evaluate n_batches in, of `tokens` each on a device: at least 20 if
-    there are as many batches."""
-    # equal, so that eval_step compiles once. A run can stop between parts, so none should take
-    # longer than about a second, on a CPU too: 1e11 FLOPs, two for each parameter and token
-    flops = 2 * tokens * sum(p.size for p in jax.tree.leaves(params))
-    most = max(1, min(n_batches // 20, int(1e11 // flops)))
-    return next(n for n in range(1, n_batches + 1)
-                if n_batches % n == 0 and n_batches // n <= most)
+def estimate_loss(eval_step, params, batches, stop=None):
+    """{'train': loss, 'val': loss}: means over the fixed evaluation batches of a Batches.
 
-
-def estimate_loss(eval_step, params, mesh, data_dir, eval_iters, batch_size, block_size,
-                  micro_batch_size, progress=lambda items, *_: items, vocab_size=ALL_IDS,
-                  stopped=lambda: False):
-    """{'train': loss, 'val': loss}: means over eval_iters batches, the same batches in every run.
-
-    micro_batch_size: the most sequences that a device processes at a time. progress(items,
-    description, n_batches): wraps the loop over the parts of an evaluation. stopped(): asked before
-    each part; None is returned once it is true. Raises UserError for an id in the data that is not
-    below vocab_size.
+    stop: a StopRequest; None is returned once it is reached.
     """
-    means = {}
+    losses = {}
     for split in ('train', 'val'):
-        n_offsets = count_tokens(data_dir, split, block_size) - block_size
-        offsets = np.concatenate([batch_offsets(batch_size, n_offsets, 0, k, EVAL)
-                                  for k in range(eval_iters)])
-        # padded to batches of B sequences
-        B = min(mesh.size * micro_batch_size, math.ceil(len(offsets) / mesh.size) * mesh.size)
-        offsets = np.pad(offsets, (0, -len(offsets) % B), constant_values=-1).reshape(-1, B)
         results = []
-        parts = np.split(offsets, n_parts(len(offsets), params, B // mesh.size * block_size))
-        for part in progress(parts, f'evaluating {split}', eval_iters):
-            if stopped():
+        for x, y in progress(batches.evaluation(split), f'evaluating {split}'):
+            if stop and stop.reached():
                 return None
-            batch = load_batch(mesh, data_dir, split, part, block_size, vocab_size)
-            results.append(eval_step(params, *batch))
-            # the devices have the next part to compute meanwhile; more would have to end first
-            # when the run is to stop
+            results.append(eval_step(params, x, y))
+            # keep two batches in flight, so that stopping is quick
             jax.block_until_ready(results[-2:-1])
-        losses, counts = map(np.concatenate, zip(*jax.device_get(results)))
-        losses = losses.astype(np.float64)
-        means[split] = float(np.average(losses, weights=counts))
-    return means
+        means, counts = np.array(jax.device_get(results), np.float64).T
+        losses[split] = float(np.average(means, weights=counts))
+    return losses
 
 
 # -----------------------------------------------------------------------------
 # settings, and what a resumed run takes from its checkpoint
-
-FLOAT32_END = 2.0 ** 128 - 2.0 ** 103  # from here on float32 rounds to inf
-NEAREST_ONE = 1 - 2.0 ** -25  # and from here on to 1
-
 
 def check_settings(config):
     """Raise UserError for numbers that no run can use, among the settings that config has."""
@@ -483,18 +472,32 @@ def check_settings(config):
     # the devices count iterations in int32
     ranges |= dict.fromkeys(('max_iters', 'warmup_iters', 'lr_decay_iters'), (0, 2 ** 31))
     ranges |= dict.fromkeys(('learning_rate', 'min_lr', 'weight_decay', 'grad_clip'),
-                            (0, FLOAT32_END))
-    ranges |= dict(beta1=(0, NEAREST_ONE), beta2=(0, NEAREST_ONE), seed=(0, 2 ** 32))
+                            (0, math.inf))
+    ranges |= dict(beta1=(0, 1), beta2=(0, 1), seed=(0, 2 ** 32))
     for name, (least, end) in ranges.items():
         if name in config and not least <= config[name] < end:
-            below = ('' if end == math.inf else f' and below {end}' if isinstance(end, int) else
-                     f' and below {end:g} in float32')
+            below = '' if end == math.inf else f' and below {end}'
             raise UserError(f'{name} is {config[name]}; it must be at least {least}{below}')
     for name in ('gradient_accumulation_steps', 'eval_iters'):  # the sequences read at a time
         if name in config:
             factors = config[name], config['batch_size'], config['block_size']
             check_memory(8 * math.prod(factors), f'the token ids of {name} * batch_size * '
                          f'block_size = {" * ".join(map(str, factors))}', 'lower one of them')
+
+
+def check_finite(iter_num, numbers, checkpoints):
+    """Raise UserError if one of these named scalars is not finite; waits for the device.
+
+    In float16 an overflow only skips the step, until the loss scale drops below 1.
+    """
+    if float(numbers.get('loss_scale', 0)) >= 1:
+        return
+    wrong = [f'{name} is {float(x)}' for name, x in numbers.items() if not math.isfinite(x)]
+    if wrong:
+        raise UserError(
+            f'{" and ".join(wrong)} at iteration {iter_num}, not a finite number; '
+            f'{checkpoints.describe_valid()}. Try a smaller --learning_rate, a larger '
+            '--warmup_iters, a --grad_clip of 1.0, or --dtype=float32')
 
 
 def crop_state(state, block_size, mesh):
@@ -508,9 +511,9 @@ def crop_state(state, block_size, mesh):
     return jax.jit(crop, out_shardings=shardings(jax.eval_shape(crop, state), mesh))(state)
 
 
-# always from the checkpoint, since its weights have this shape
-MODEL_SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias')
-# never from the checkpoint, since they belong to the command and the machine
+# always from the checkpoint, whose weights have this shape; block_size can be cropped
+MODEL_SHAPE = set(GPT_ARGS) - {'block_size', 'dropout'}
+# never from the checkpoint: they belong to the command and the machine
 NOT_RESUMED = ('init_from', 'out_dir', 'eval_only', 'device', 'attention', 'compilation_cache',
                'fsdp', 'heartbeat_timeout')
 
@@ -534,3 +537,37 @@ def merge_resumed_config(config, given, saved):
         raise UserError(f'block_size={merged["block_size"]} is larger than the checkpoint\'s '
                         f'{saved["block_size"]}; give a smaller one, or none')
     return merged, ', '.join(differs)
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases, and a terminal
+
+def start_wandb(project, name, config, run_id):
+    """The wandb run. run_id: of the run to continue, or None. Raises UserError without a login."""
+    wandb = optional_import('wandb')
+    try:
+        run = wandb.init(project=project, name=name, config=config, id=run_id, resume='allow')
+    except wandb.errors.Error as e:
+        raise UserError(f'Weights & Biases cannot be used ({e}): run `wandb login`, or set '
+                        'WANDB_MODE=offline to keep the log here, or give --wandb_log=False'
+                        ) from e
+    finally:
+        sys.excepthook = report_user_error  # wandb's own prints a traceback of a user's mistake
+    return run
+
+
+def progress(items, description):
+    """The items, with a progress bar on a terminal if they take more than three seconds."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, description, unit=' batches', delay=3, leave=False,
+                disable=not sys.stdout.isatty())
+
+
+def print_time_left(seconds):
+    """On a terminal, how long a run still takes and when it is done."""
+    if sys.stdout.isatty() and round(seconds) > 0:
+        at = time.strftime('%a %H:%M', time.localtime(time.time() + seconds))
+        print(f'{timedelta(seconds=round(seconds))} left, done at about {at}')

@@ -7,6 +7,7 @@ the scalar all-reduces of the gradient's norm.
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def make_mesh(devices, fsdp=1):
 
 
 def choose_micro_batch_size(batch_size, block_size, n_embd, platform):
-    """The most sequences that a device processes at a time: batch_size, or fewer on a CPU."""
+    """Max sequences per device per micro-step: batch_size, or fewer on a CPU."""
     if platform != 'cpu':
         return batch_size
     # a block's widest activation, (B, T, 4 n_embd) float32, should stay in the CPU's caches: 4 MB
@@ -33,7 +34,7 @@ def choose_micro_batch_size(batch_size, block_size, n_embd, platform):
 
 
 def split_global_batch(global_batch_size, micro_batch_size, n_devices, fsdp=1, n_processes=1):
-    """Split the sequences of an optimizer step: (devices used, grad_accum_steps of each).
+    """Split the sequences of an optimizer step: (devices used, micro-steps of each).
 
     Uses the largest number of devices that divides the batch, in groups of fsdp and equally many
     of each process; each device gets an equal share, in the fewest equal micro-batches of at most
@@ -56,20 +57,6 @@ def split_global_batch(global_batch_size, micro_batch_size, n_devices, fsdp=1, n
     return used, share // max(d for d in divisors if d <= micro_batch_size)
 
 
-def describe_small_micro_batches(global_batch_size, micro_batch_size, n_devices, grad_accum_steps):
-    """What it costs if the split makes micro-batches of less than half their possible size, as
-    text; None if it does not."""
-    share = global_batch_size // n_devices
-    needed = math.ceil(share / micro_batch_size)
-    if grad_accum_steps <= 2 * needed:
-        return None
-    # padding the last micro-batch instead would make the mean over micro-batches a weighted one
-    return (f'each device computes its {share} sequences in {grad_accum_steps} micro-batches of '
-            f'{share // grad_accum_steps}, since they do not divide into larger ones of at most '
-            f'{micro_batch_size}, which is slower: a global batch of '
-            f'{needed * micro_batch_size * n_devices} would take {needed}')
-
-
 def select_mesh_devices(devices, n):
     """The first n of the devices, equally many of each process."""
     processes = sorted({d.process_index for d in devices})
@@ -77,11 +64,20 @@ def select_mesh_devices(devices, n):
     return [d for own in per_process for d in own[:n // len(processes)]]
 
 
-def mesh_for_batch(devices, global_batch_size, micro_batch_size, fsdp=1):
-    """(mesh of as many of the devices as divide the batch, grad_accum_steps of each device)."""
-    n_devices, grad_accum_steps = split_global_batch(
+class Layout(NamedTuple):
+    """How the sequences of an optimizer step are laid out over devices."""
+    mesh: jax.sharding.Mesh
+    global_batch_size: int  # sequences of an optimizer step
+    micro_steps: int  # of each device in an optimizer step
+    micro_batch_size: int  # max sequences per device per micro-step
+
+
+def choose_layout(devices, global_batch_size, micro_batch_size, fsdp=1):
+    """The Layout on as many of the devices as divide the batch; see split_global_batch."""
+    n_devices, micro_steps = split_global_batch(
         global_batch_size, micro_batch_size, len(devices), fsdp, jax.process_count())
-    return make_mesh(select_mesh_devices(devices, n_devices), fsdp), grad_accum_steps
+    mesh = make_mesh(select_mesh_devices(devices, n_devices), fsdp)
+    return Layout(mesh, global_batch_size, micro_steps, micro_batch_size)
 
 
 # -----------------------------------------------------------------------------
@@ -171,6 +167,13 @@ def unstack_blocks(params):
     n_layer = len(jax.tree.leaves(stacked)[0])
     return _with_blocks(params, {i: jax.tree.map(lambda a, i=i: a[i], stacked)
                                  for i in range(n_layer)})
+
+
+def pop_blocks(params):
+    """(params without the blocks, the blocks)."""
+    others = dict(params['transformer'])
+    h = others.pop('h')
+    return params | {'transformer': others}, h
 
 
 def _with_blocks(tree, h):

@@ -25,18 +25,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def pytest_configure(config):
-    share_compiled_programs(config)
-    # tests of one xdist_group run in one worker: those that need much memory not at the same time,
-    # those that share a run without computing it twice
-    if getattr(config.option, 'dist', None) == 'load':
-        config.option.dist = 'loadgroup'
-
-
-def share_compiled_programs(config):
-    """Give all tests, runs and workers one compilation cache: compiling takes most of the time.
-
-    It is kept in .pytest_cache for the next time, until pytest's --cache-clear or a size of 2 GB.
-    """
+    """Give all tests, runs and workers one compilation cache: compiling takes most of the time."""
+    # in .pytest_cache, until pytest's --cache-clear or a size of 2 GB
     if not worker and config.pluginmanager.has_plugin('cacheprovider'):
         compiled = config.cache.mkdir('compiled')
         if sum(file.stat().st_size for file in compiled.iterdir()) > 2e9:
@@ -44,6 +34,9 @@ def share_compiled_programs(config):
         # read when JAX is imported, which is later
         os.environ['JAX_COMPILATION_CACHE_DIR'] = str(compiled)
         os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+    # the tests of a file share runs, which another worker would repeat
+    if getattr(config.option, 'dist', None) == 'load':
+        config.option.dist = 'loadfile'
 
 
 @pytest.fixture

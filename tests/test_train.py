@@ -1,35 +1,54 @@
-"""Complete runs of train_jax.py from the command line."""
+"""Whole runs of train_jax.py, and the functions that its settings, batches and log go through."""
 
+import io
 import os
 import pickle
+import pty
 import re
+import shutil
+import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from helpers import ITER, ROOT, STEP, TINY, one_line_error, run, run_inside, saved, train
+from helpers import (
+    ENV, ITER, ROOT, STEP, TINY, one_line_error, resume, run, saved, train, with_data,
+)
 
 import jax_train_utils as utils
-from nanogpt_jax import metrics
-from nanogpt_jax.checkpoint import steps_on_disk
-from nanogpt_jax.devices import cpu_key
-from nanogpt_jax.errors import UserError, optional_import, report_user_error
-from test_jax_transformer import make_step, tiny, tokens
+from jax_transformer import GPTConfig
+from nanogpt_jax.checkpoint import Checkpoints
+from nanogpt_jax.devices import attention_path, compute_dtype, cpu_key
+from nanogpt_jax.errors import UserError
+from nanogpt_jax.run_dir import MetricsFile, read_metrics
+from test_jax_transformer import layout_of, make_step, one_device_mesh, tiny, tokens
 
-EIGHT_DEVICES = '--xla_force_host_platform_device_count=8'
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """The folder and the output of a run of 20 iterations."""
+    folder = with_data(tmp_path_factory.mktemp('trained'))
+    # --compile and --backend are nanoGPT's; float16 must be accepted on a CPU
+    out = train(folder, '--compile=False', '--backend=gloo', '--dtype=float16')
+    return SimpleNamespace(folder=folder, out=out)
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A copy of that folder to change."""
+    return shutil.copytree(trained.folder, tmp_path / 'copy')
 
 
 # -----------------------------------------------------------------------------
 # a run
 
-def test_log_lines_are_nanogpts_and_the_loss_falls(folder):
-    # --compile and --backend are nanoGPT's; float16 must be accepted on a CPU
-    out = train(folder, '--max_iters=20', '--compile=False', '--backend=gloo', '--dtype=float16')
+def test_log_lines_are_nanogpts_and_the_loss_falls(trained):
+    out = trained.out
     iters, steps = ITER.findall(out), STEP.findall(out)
     assert [int(i[0]) for i in iters] == list(range(21))
     assert [int(s[0]) for s in steps] == [0, 4, 8, 12, 16, 20]
-    assert {i[3] for i in iters} == {'nan'}  # a CPU's peak is not known
     # log(20) = 3.0 falls towards log(2) = 0.7
     assert float(steps[-1][2]) < float(steps[0][2]) - 0.3
     for line in ('platform: cpu, devices: 1 (cpu)', 'tokens per iteration will be: 128',
@@ -39,113 +58,73 @@ def test_log_lines_are_nanogpts_and_the_loss_falls(folder):
                  'num non-decayed parameter tensors: 3, with 96 parameters',
                  'saving checkpoint to out_jax', '--compile has no counterpart here',
                  '--backend has no counterpart here',
-                 'computing in float32, as nanoGPT does on this device, not in float16',
-                 'mfu is nan: no peak of a cpu is known'):
+                 'computing in float32, as nanoGPT does on this device, not in float16'):
         assert line in out, line
     assert len(re.findall(r'^compiled in \d+\.\d s$', out, re.M)) == 1
     # the state after the last iteration is saved, as a line says, and the best checkpoint is kept
     assert out.count('saving checkpoint to out_jax') == len(steps[1:]) + 1
     best = min(steps[1:], key=lambda s: float(s[2]))
-    assert set(steps_on_disk(folder / 'out_jax')) == {int(best[0]), 21}
+    assert {*Checkpoints(trained.folder / 'out_jax', read_only=True).steps()} == {int(best[0]), 21}
 
 
-def test_log_interval_prints_every_nth_iteration(folder):
-    out = train(folder, '--max_iters=6', '--log_interval=3', '--eval_interval=100')
-    assert [int(i[0]) for i in ITER.findall(out)] == [0, 3, 6]
+def test_metrics_have_the_numbers_of_every_log_line(trained):
+    lines = read_metrics(trained.folder / 'out_jax')
+    iters = [line for line in lines if 'loss' in line]
+    steps = [line for line in lines if 'val_loss' in line]
+    # mfu is not known in the first five iterations
+    assert [(str(m['iter']), f'{m["loss"]:.4f}', f'{m["ms_per_iter"]:.2f}',
+             '-100.00' if m['mfu'] is None else f'{m["mfu"]:.2f}')
+            for m in iters] == ITER.findall(trained.out)
+    assert [m['mfu'] is None for m in iters] == [True] * 5 + [False] * 16
+    assert [(str(m['iter']), f'{m["train_loss"]:.4f}', f'{m["val_loss"]:.4f}')
+            for m in steps] == STEP.findall(trained.out)
+    tokens_per_iter = 2 * 4 * 16  # micro-steps, sequences, tokens
+    assert [m['tokens'] for m in iters] == [tokens_per_iter * (m['iter'] + 1) for m in iters]
+    assert [m['tokens'] for m in steps] == [tokens_per_iter * m['iter'] for m in steps]
+    for m in iters:
+        # one is computed from the other's number, unrounded
+        assert abs(m['tokens_per_s'] * m['ms_per_iter'] / 1000 / tokens_per_iter - 1) < 1e-9
+        assert m['grad_norm'] > 0 and 0 < m['lr'] < 1.001e-2
+    # one type per column, so that pandas.read_json(path, lines=True) makes numbers of it
+    assert all(isinstance(v, (int, float, type(None))) for m in lines for v in m.values())
 
 
-class Loss(float):
-    """A loss as a step returns it: computed already, or not."""
-
-    def __new__(cls, ready):
-        loss = super().__new__(cls, 1.0)
-        loss.is_ready = lambda: ready
-        return loss
-
-
-def step_log(max_iters=9, eval_interval=100):
-    return metrics.StepLog(0, max_iters, eval_interval, tokens_per_iter=128,
-                           estimate_mfu=lambda dt: 0.0, schedule=lambda it: 1e-3,
-                           metrics_file=None, describe_valid=None)
+def test_mfu_on_a_cpu_is_against_a_matmul_measured_at_the_start(trained):
+    line = re.search(r'^mfu is counted against ([\d.]+) TFLOP/s, .*matmul.*$', trained.out, re.M)
+    peak = float(line[1]) * 1e12
+    m = read_metrics(trained.folder / 'out_jax')[7]
+    assert m['iter'] == 5  # the first one that is not smoothed
+    n_params = 2 * 32 + 12 * 32 ** 2 + 32 + 20 * 32  # LayerNorms, matrices, the last, wte
+    flops = 128 * (6 * n_params + 12 * 32 * 16)  # 128 tokens a step
+    # the line rounds the peak to three digits
+    np.testing.assert_allclose(m['mfu'], 100 * flops / (m['ms_per_iter'] / 1000) / peak, rtol=1e-2)
 
 
-def test_a_log_line_has_the_mean_time_since_the_last_one_without_pauses(monkeypatch, capsys):
-    now, step = 0.0, {'loss': Loss(ready=False)}
-    monkeypatch.setattr(metrics.time, 'time', lambda: now)
-    log = step_log()
-    log.queue(0, step)
-    now = 2.0
-    log.flush()
-    now = 3.0
-    log.pause()
-    now = 100.0
-    log.resume()
-    log.queue(3, step)
-    now = 108.0
-    log.flush()
-    times = [float(i[2]) for i in ITER.findall(capsys.readouterr().out)]
-    assert times == [2000.0, (1000.0 + 8000.0) / 3]
-
-
-def test_a_step_that_is_computed_as_it_is_queued_has_its_own_time(monkeypatch, capsys):
-    # as on a CPU; the last step of a run is printed at once, with no other step between
-    now, step = 0.0, {'loss': Loss(ready=True)}
-    monkeypatch.setattr(metrics.time, 'time', lambda: now)
-    log = step_log()
-    for it, seconds in enumerate([7.0, 3.0, 4.0]):
-        now += seconds # while the step is started, and computed
-        log.flush()
-        log.queue(it, step)
-    now += 0.001
-    log.flush()
-    times = [float(i[2]) for i in ITER.findall(capsys.readouterr().out)]
-    assert times == [7000.0, 3000.0, 4000.0]
-
-
-@pytest.mark.parametrize('terminal', [True, False])
-def test_the_time_left_is_estimated_at_the_third_iteration_and_after_evaluations(
-        monkeypatch, capsys, terminal):
-    now, step = 0.0, {'loss': Loss(ready=False)}
-    monkeypatch.setattr(metrics.time, 'time', lambda: now)
-    monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal)
-    log = step_log(max_iters=8, eval_interval=4)
-    log.pause()
-    now += 60 # an evaluation at iteration 0, as at 4 and 8
-    log.resume()
-    for it in range(4):
-        log.queue(it, step)
-        now += 10.0 if it else 500.0
-        log.flush()
-        left = [line for line in capsys.readouterr().out.splitlines() if ' left, ' in line]
-        # 6 iterations and 2 evaluations
-        assert [line[:7] for line in left] == ['0:03:00'] * (terminal and it == 2), it
-    # by the mean of all that ran, 590 s for 4, for the 5 iterations from 4 to 8
-    log.evaluated(4, {'train': 1.0, 'val': 1.0})
-    assert ('0:12:18 left' in capsys.readouterr().out) is terminal
-    now = 0.3
-    log.evaluated(8, {'train': 1.0, 'val': 1.0}) # nothing is left
-    assert capsys.readouterr().out == ''
-
-
-def test_lines_come_in_nanogpts_order(folder):
-    # although a step's loss is read only once the next step is queued
-    out = train(folder, '--max_iters=9', '--log_interval=3')
+def test_lines_come_in_nanogpts_order_and_only_improvements_are_saved_if_asked(folder):
+    # a step's loss is read only once the next step is queued; with a learning rate of 0 nothing
+    # improves after the first evaluation
+    out = train(folder, '--max_iters=9', '--log_interval=3', '--always_save_checkpoint=False',
+                '--learning_rate=0.0', '--min_lr=0.0')
     assert re.findall(r'^(step|iter) (\d+)', out, re.M) == [
         ('step', '0'), ('iter', '0'), ('iter', '3'), ('step', '4'), ('iter', '6'), ('step', '8'),
         ('iter', '9')]
+    assert out.count('saving checkpoint') == 1
+    assert Checkpoints(folder / 'out_jax', read_only=True).steps() == [10]
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_cached_unless_turned_off(folder):
     # without the cache that the tests share, which has precedence
     env = {'XDG_CACHE_HOME': str(folder / 'cache'), 'JAX_COMPILATION_CACHE_DIR': ''}
     train(folder, '--eval_only=True', '--compilation_cache=False', **env)
     assert not (folder / 'cache').exists()
-    train(folder, '--max_iters=0', '--out_dir=one', **env)
     cache = folder / 'cache' / 'nanogpt-jax' / cpu_key()
-    cached = sorted(cache.glob('*train_step*-cache'))
-    assert len(cached) == 1
-    train(folder, '--max_iters=0', '--out_dir=two', **env)
-    assert cached == sorted(cache.glob('*train_step*-cache'))
+    env['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+    found = []
+    for out_dir in ('one', 'two'):
+        train(folder, '--max_iters=0', f'--out_dir={out_dir}', **env)
+        found.append(sorted(cache.glob('*train_step*-cache')))
+    assert len(found[0]) == 1 and found[0] == found[1]
     # a folder that cannot be created costs the cache, not the run
     (folder / 'file').write_text('')
     env['XDG_CACHE_HOME'] = str(folder / 'file')
@@ -153,132 +132,156 @@ def test_compiled_programs_are_cached_unless_turned_off(folder):
     assert 'compiled programs are not cached for the next start' in out
 
 
-@pytest.mark.parametrize('error, words', [
-    (MemoryError('Unable to allocate 7 TiB'), ['out of memory (Unable to allocate 7 TiB)']),
-    (MemoryError(), ['out of memory']),
-    (UserError('cannot read a\nb.bin'), ['cannot read a b.bin']),
-])
-def test_an_error_is_one_line_whatever_its_text(capsys, error, words):
-    report_user_error(type(error), error, None)
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith('error: ') and all(word in line for word in words)
+@pytest.mark.slow
+def test_the_time_left_is_printed_on_a_terminal_only(trained):
+    assert 'left' not in trained.out
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, 'train_jax.py'), *TINY, '--max_iters=20000',
+         '--out_dir=other'], cwd=trained.folder, stdout=theirs, stderr=subprocess.DEVNULL,
+        env=os.environ | ENV)
+    os.close(theirs)
+    out = b''
+    try:
+        while b' left, ' not in out and (part := os.read(ours, 2 ** 16)):
+            out += part
+        out += os.read(ours, 2 ** 16)  # the rest of the line
+    except OSError:
+        pass  # how Linux reports that the other end is closed
+    process.kill()
+    process.wait()
+    line = r'^\d+:\d\d:\d\d left, done at about \w+ \d\d:\d\d\r$'
+    assert re.search(line, out.decode(), re.M), out
 
 
-def test_running_out_of_memory_is_one_line_that_names_flags_that_help(capsys):
-    error = jax.errors.JaxRuntimeError(
-        'RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nand much more')
-    report_user_error(type(error), error, None)
-    line, = capsys.readouterr().err.splitlines()
-    for word in ('allocating 99 bytes', '--batch_size', '--gradient_accumulation_steps',
-                 '--remat=True'):
-        assert word in line
+@pytest.mark.parametrize('terminal', [True, False])
+def test_a_progress_bar_is_drawn_on_a_terminal_only(monkeypatch, terminal):
+    tqdm = pytest.importorskip('tqdm', reason='tqdm is not installed')
+    monkeypatch.setattr(tqdm, 'tqdm', lambda *args, **kwargs: original(
+        *args, **kwargs | dict(mininterval=0, delay=0)))  # drawn at once
+    original = type(tqdm.std.tqdm([], disable=True))
+    monkeypatch.setattr(sys, 'stdout', io.StringIO())
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, 'stderr', screen := io.StringIO())
+    assert list(utils.progress([1, 2, 3], 'evaluating val')) == [1, 2, 3]
+    assert ('evaluating val' in screen.getvalue()) is terminal
 
 
-def test_without_always_save_checkpoint_only_improvements_and_the_end_are_saved(folder):
-    # with a learning rate of 0 nothing improves after the first evaluation
-    out = train(folder, '--max_iters=8', '--always_save_checkpoint=False', '--learning_rate=0.0',
-                '--min_lr=0.0')
-    assert out.count('saving checkpoint') == 1 and steps_on_disk(folder / 'out_jax') == [9]
+# -----------------------------------------------------------------------------
+# metrics.jsonl
+
+def test_the_metrics_of_another_run_are_renamed(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text('{"iter": 3}\n')
+    MetricsFile(tmp_path, 0).write(iter=0, loss=float('inf'))
+    assert (tmp_path / 'metrics.jsonl').read_text() == '{"iter": 0, "loss": null}\n'
+    (other,) = set(os.listdir(tmp_path)) - {'metrics.jsonl'}
+    assert (tmp_path / other).read_text() == '{"iter": 3}\n'
 
 
-def test_a_second_run_does_not_overwrite_the_first(folder):
-    train(folder, '--max_iters=4')
-    before = sorted(os.listdir(folder / 'out_jax'))
-    one_line_error(run_inside(folder, 'train_jax.py', *TINY), '--init_from=resume')
-    assert sorted(os.listdir(folder / 'out_jax')) == before
-
-
-def test_resuming_on_other_characters_is_refused(folder):
-    train(folder, '--max_iters=2')
-    meta = pickle.loads((folder / 'data' / 'tiny' / 'meta.pkl').read_bytes())
-    meta['itos'] = dict(enumerate(reversed(meta['itos'].values())))
-    (folder / 'data' / 'tiny' / 'meta.pkl').write_bytes(pickle.dumps(meta))
-    result = run_inside(folder, 'train_jax.py', *TINY, '--init_from=resume', '--max_iters=5')
-    one_line_error(result, 'other characters')
-
-
-def test_a_meta_file_without_characters_trains_but_cannot_be_sampled(folder):
-    (folder / 'data' / 'tiny' / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 24}))
-    assert 'found vocab_size = 24' in train(folder, '--max_iters=2')
-    one_line_error(run_inside(folder, 'sample_jax.py', '--device=cpu'), 'itos')
-
-
-def test_later_config_files_and_flags_override_earlier_ones(folder):
-    (folder / 'mine.py').write_text('import math\nmax_iters = 2\n'
-                                    'learning_rate = 1 # an int\nmax_itres = 3\n')
-    out = train(folder, '--max_iters=1', 'mine.py', '--log_interval=2')
-    assert [int(i[0]) for i in ITER.findall(out)] == [0, 2]
-    warning = 'mine.py sets max_itres, which is no setting; did you mean max_iters?'
-    assert f'WARNING: {warning}' in out
-
-
-@pytest.mark.parametrize('name', sorted(os.listdir(os.path.join(ROOT, 'config'))))
-def test_the_config_files_set_nothing_unknown(folder, name):
-    result = run_inside(folder, 'train_jax.py', os.path.join(ROOT, 'config', name),
-                        '--dataset=absent', '--out_dir=out')
-    assert 'WARNING' not in result.stdout
-    one_line_error(result, 'data/absent/train.bin does not exist')
-
-
-def test_wandb_logs_offline_a_resumed_run_keeps_its_id_and_an_error_is_one_line(folder):
-    pytest.importorskip('wandb', reason='wandb is not installed')
-    env = dict(WANDB_MODE='offline', WANDB_SILENT='true')
-    train(folder, '--max_iters=4', '--wandb_log=True', '--wandb_project=p', **env)
-    train(folder, '--init_from=resume', '--max_iters=6', '--wandb_log=False', **env)
-    train(folder, '--init_from=resume', '--max_iters=8', '--wandb_log=True', **env)
-    diverging = ['--learning_rate=1e38', '--min_lr=1e38', '--max_iters=50']
-    result = run(folder, 'train_jax.py', '--init_from=resume', '--device=cpu', *diverging, **env)
-    one_line_error(result, 'not a finite number', alone=True)
-    runs = [name for name in os.listdir(folder / 'wandb') if name.startswith('offline-run-')]
-    assert len(runs) == 3 and len({name.split('-')[-1] for name in runs}) == 1
-
-
-def test_wandb_without_a_key_is_one_line_with_the_ways_out(folder, monkeypatch):
-    pytest.importorskip('wandb', reason='wandb is not installed')
-    for name in [name for name in os.environ if name.startswith('WANDB_')]:
-        monkeypatch.delenv(name)
-    nobody = dict(HOME=str(folder), NETRC=str(folder / 'none'), WANDB_CONFIG_DIR=str(folder))
-    result = run(folder, 'train_jax.py', *TINY, '--wandb_log=True', **nobody)
-    one_line_error(result, 'No API key', '`wandb login`', 'WANDB_MODE=offline', '--wandb_log=False')
-    assert 'Initializing' not in result.stdout and not (folder / 'out_jax').exists()
-
-
-def test_a_folder_named_as_a_package_is_not_that_package(tmp_path, monkeypatch):
-    (tmp_path / 'absent_package' / 'run-1').mkdir(parents=True)  # as wandb/ with the logs of runs
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in ('absent_package', 'another_package'):
-        with pytest.raises(UserError, match=f'pip install {name}'):
-            optional_import(name)
-    monkeypatch.setitem(sys.modules, 'wandb', None)  # not installed
-    with pytest.raises(UserError, match='pip install wandb, or give --wandb_log=False'):
-        metrics.check_wandb()
+def test_read_metrics_skips_lines_that_are_no_metrics(tmp_path):
+    assert read_metrics(tmp_path) == []
+    good = b'{"iter": 1, "loss": null}'
+    lines = [b'', b'3', b'[]', b'{"loss": 1}', b'{"iter": "1"}', b'\xff', good, b'{"iter": 2,']
+    (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join(lines))
+    assert read_metrics(tmp_path) == [{'iter': 1, 'loss': None}]
 
 
 # -----------------------------------------------------------------------------
 # resume and evaluation
 
-@pytest.mark.parametrize('stop, always', [(7, True), (6, False)])
+@pytest.mark.parametrize('stop, always', [
+    (6, False),  # just before an evaluation: its result belongs to the checkpoint that is there
+    pytest.param(7, True, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_with_the_same_bits(folder, stop, always):
-    # stopped between evaluations, and just before one: its result, the best of the run, belongs
-    # to the checkpoint that is there already
     args = ['--dropout=0.2', f'--always_save_checkpoint={always}', '--eval_interval=3',
             '--learning_rate=0.1', '--min_lr=0.1']
     uninterrupted = train(folder, *args, '--max_iters=8', '--out_dir=uninterrupted')
     first = train(folder, *args, f'--max_iters={stop - 1}', '--out_dir=parts')
+    # a run that was killed after its last checkpoint has logged more, its last line cut off
+    with open(folder / 'parts' / 'metrics.jsonl', 'a') as f:
+        f.write(f'{{"iter": {stop}, "loss": 1.0}}\n{{"iter": 8, "lo')
     # no other flags: the settings come from the checkpoint
-    result = run(folder, 'train_jax.py', '--init_from=resume', '--out_dir=parts', '--device=cpu',
-                 '--max_iters=8')
-    assert result.returncode == 0, result.stderr
-    assert f'differs from the checkpoint: max_iters {stop - 1} -> 8\n' in result.stdout
-    losses = {i[0]: i[1] for out in (first, result.stdout) for i in ITER.findall(out)}
+    out = resume(folder, '--out_dir=parts', '--max_iters=8')
+    assert f'differs from the checkpoint: max_iters {stop - 1} -> 8\n' in out
+    losses = {i[0]: i[1] for part in (first, out) for i in ITER.findall(part)}
     assert losses == {i[0]: i[1] for i in ITER.findall(uninterrupted)}
     # no iteration is skipped or repeated
-    assert [int(i[0]) for i in ITER.findall(result.stdout)] == list(range(stop, 9))
+    assert [int(i[0]) for i in ITER.findall(out)] == list(range(stop, 9))
     state, meta = saved(folder, 'uninterrupted', 9)
     again, meta_again = saved(folder, 'parts', 9)
     np.testing.assert_equal(state, again)
     assert meta['best_val_loss'] == meta_again['best_val_loss']
     assert sorted(os.listdir(folder / 'uninterrupted')) == sorted(os.listdir(folder / 'parts'))
+
+    def numbers(out_dir):
+        return [{k: m[k] for k in m if k not in ('ms_per_iter', 'tokens_per_s', 'mfu')}
+                for m in read_metrics(folder / out_dir)]
+    assert numbers('parts') == numbers('uninterrupted')
+
+
+def test_eval_only_evaluates_once_whatever_the_seed_and_writes_nothing(copy, trained):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob('*')}
+    out = resume(copy, '--eval_only=True', '--seed=7')
+    assert not ITER.findall(out)
+    # the model at iteration 21 has trained one step more than that of the last line
+    (step, *losses), = STEP.findall(out)
+    assert step == '21' and abs(float(losses[1]) - float(STEP.findall(trained.out)[-1][2])) < 0.2
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob('*')} == before
+
+
+@pytest.mark.slow
+def test_evaluation_does_not_disturb_training(folder):
+    args = ['--max_iters=5', '--dropout=0.2']
+    train(folder, *args, '--eval_interval=2', '--out_dir=often')
+    train(folder, *args, '--eval_interval=100', '--eval_iters=1', '--out_dir=rarely')
+    np.testing.assert_equal(saved(folder, 'often', 6)[0], saved(folder, 'rarely', 6)[0])
+
+
+def test_a_finished_run_has_nothing_left_to_train(trained):
+    out = resume(trained.folder)
+    assert 'nothing left to train' in out and not ITER.findall(out)
+
+
+def test_a_smaller_block_size_crops_on_resume_and_a_larger_is_refused(copy):
+    out = resume(copy, '--block_size=8', '--max_iters=21', '--n_layer=5')
+    assert 'block_size 16 -> 8' in out and 'n_layer 1 (kept' in out
+    state, meta = saved(copy, 'out_jax', 22)
+    assert meta['model_args']['block_size'] == 8
+    assert state['params']['transformer']['wpe']['embedding'].shape == (8, 32)
+    with pytest.raises(UserError, match='block_size=16 is larger'):
+        utils.merge_resumed_config(meta['config'] | {'block_size': 16}, {'block_size'},
+                                   meta['config'])
+
+
+def test_a_validation_loss_counts_for_the_data_that_it_was_measured_on_only(copy):
+    data = shutil.copytree(copy / 'data' / 'tiny', copy / 'data' / 'easy')
+    for split in ('train', 'val'):
+        (np.arange(4000) % 20).astype(np.uint16).tofile(data / f'{split}.bin')
+    flags = ['--eval_interval=2', '--always_save_checkpoint=False', '--learning_rate=1e-4',
+             '--min_lr=1e-4']
+    easy = resume(copy, *flags, '--dataset=easy', '--max_iters=25')
+    assert 'measured with another dataset: the best starts anew' in easy
+    again = resume(copy, *flags, '--dataset=tiny', '--max_iters=31')
+    assert 'another dataset: the best is that of the checkpoints with this one' in again
+    losses = [{int(s[0]): float(s[2]) for s in STEP.findall(out)} for out in (easy, again)]
+    best = [min(each, key=each.get) for each in losses]
+    assert losses[0][best[0]] < losses[1][best[1]] # and would hide every improvement
+    checkpoints = Checkpoints(copy / 'out_jax', read_only=True)
+    assert checkpoints.steps() == [*best, 32] and checkpoints.candidates('best') == best[1:]
+
+
+def test_resuming_on_other_characters_is_refused(copy):
+    meta = pickle.loads((copy / 'data' / 'tiny' / 'meta.pkl').read_bytes())
+    meta['itos'] = dict(enumerate(reversed(meta['itos'].values())))
+    (copy / 'data' / 'tiny' / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    result = run(copy, 'train_jax.py', '--init_from=resume', '--device=cpu', '--max_iters=25')
+    one_line_error(result, 'vocabulary of data/tiny differs')
+
+
+def test_a_second_run_does_not_overwrite_the_first(trained):
+    before = sorted(os.listdir(trained.folder / 'out_jax'))
+    one_line_error(run(trained.folder, 'train_jax.py', *TINY), '--init_from=resume')
+    assert sorted(os.listdir(trained.folder / 'out_jax')) == before
 
 
 def test_dropout_depends_on_the_seed():
@@ -290,158 +293,151 @@ def test_dropout_depends_on_the_seed():
     assert losses[0] != losses[1]
 
 
-def test_evaluation_does_not_disturb_training(folder):
-    args = ['--max_iters=5', '--dropout=0.2']
-    train(folder, *args, '--eval_interval=2', '--out_dir=often')
-    train(folder, *args, '--eval_interval=100', '--eval_iters=1', '--out_dir=rarely')
-    np.testing.assert_equal(saved(folder, 'often', 6)[0], saved(folder, 'rarely', 6)[0])
-
-
-def test_eval_only_evaluates_once_and_writes_nothing(folder):
-    out = train(folder, '--max_iters=4')
-    before = sorted(os.listdir(folder / 'out_jax'))
-    evaluated = train(folder, '--init_from=resume', '--eval_only=True', '--seed=7')
-    again = train(folder, '--init_from=resume', '--eval_only=True')
-    assert STEP.findall(evaluated) == STEP.findall(again)  # whatever the seed
-    assert not ITER.findall(evaluated) and len(STEP.findall(evaluated)) == 1
-    assert sorted(os.listdir(folder / 'out_jax')) == before
-    scratch = train(folder, '--eval_only=True', '--out_dir=none')
-    assert STEP.findall(scratch)[0] == STEP.findall(out)[0] and not (folder / 'none').exists()
-
-
-def test_a_finished_run_has_nothing_left_to_train(folder):
-    train(folder, '--max_iters=2')
-    out = train(folder, '--init_from=resume', '--max_iters=2')
-    assert 'nothing left to train' in out and not ITER.findall(out)
-
-
-def test_a_smaller_block_size_crops_on_resume_and_a_larger_is_refused(folder):
-    train(folder, '--max_iters=2')
-    out = train(folder, '--init_from=resume', '--block_size=8', '--max_iters=3', '--n_layer=5')
-    assert 'block_size 16 -> 8' in out and 'n_layer 1 (kept' in out
-    state, meta = saved(folder, 'out_jax', 4)
-    assert meta['model_args']['block_size'] == 8
-    assert state['params']['transformer']['wpe']['embedding'].shape == (8, 32)
-    result = run_inside(folder, 'train_jax.py', '--init_from=resume', '--device=cpu',
-                        '--block_size=16')
-    one_line_error(result, 'block_size=16 is larger')
-
-
 # -----------------------------------------------------------------------------
-# several devices
+# wandb
 
-def test_devices_across_which_the_batch_does_not_divide_are_left_out(folder):
-    out = train(folder, '--max_iters=1', '--batch_size=3', '--gradient_accumulation_steps=1',
-                XLA_FLAGS=EIGHT_DEVICES)
-    assert ('using 3 of 8 devices: a global batch of 3 sequences does not divide evenly '
-            'across more') in out
+@pytest.mark.slow
+def test_wandb_logs_offline_a_resumed_run_keeps_its_id_and_an_error_is_one_line(folder):
+    pytest.importorskip('wandb', reason='wandb is not installed')
+    env = dict(WANDB_MODE='offline', WANDB_SILENT='true')
+    train(folder, '--max_iters=4', '--wandb_log=True', '--wandb_project=p', **env)
+    resume(folder, '--max_iters=6', '--wandb_log=False', **env)
+    resume(folder, '--max_iters=8', '--wandb_log=True', **env)
+    diverging = ['--learning_rate=1e38', '--min_lr=1e38', '--max_iters=50']
+    result = run(folder, 'train_jax.py', '--init_from=resume', '--device=cpu', *diverging, **env)
+    one_line_error(result, 'not a finite number', alone=True)
+    runs = [name for name in os.listdir(folder / 'wandb') if name.startswith('offline-run-')]
+    assert len(runs) == 3 and len({name.split('-')[-1] for name in runs}) == 1
+
+
+@pytest.mark.slow
+def test_wandb_without_a_key_is_one_line_with_the_ways_out(folder, monkeypatch):
+    pytest.importorskip('wandb', reason='wandb is not installed')
+    for name in [name for name in os.environ if name.startswith('WANDB_')]:
+        monkeypatch.delenv(name)
+    nobody = dict(HOME=str(folder), NETRC=str(folder / 'none'), WANDB_CONFIG_DIR=str(folder))
+    result = run(folder, 'train_jax.py', *TINY, '--wandb_log=True', **nobody)
+    one_line_error(result, 'No API key', '`wandb login`', 'WANDB_MODE=offline', '--wandb_log=False')
+
+
+def test_steps_and_evaluations_reach_wandb_and_mfu_in_percent(folder):
+    (folder / 'wandb.py').write_text(
+        'class Error(Exception): pass\n'
+        'errors = type("errors", (), {"Error": Error})\n'
+        'class Run:\n    id = "x"\n    def log(self, values): print("logged", values)\n'
+        'def init(**kwargs): return Run()\n')
+    out = train(folder, '--max_iters=6', '--log_interval=2', '--eval_interval=6',
+                '--wandb_log=True', PYTHONPATH=f'{folder}{os.pathsep}{ROOT}')
+    lines = [eval(line.removeprefix('logged '), {'nan': float('nan')})
+             for line in out.splitlines() if line.startswith('logged ')]
+    assert [line['iter'] for line in lines if 'val/loss' in line] == [0, 6]
+    steps = [line for line in lines if 'loss' in line]
+    assert [line['iter'] for line in steps] == [0, 2, 4, 6]
+    assert {'loss', 'grad_norm', 'lr', 'ms_per_iter', 'mfu'} <= steps[0].keys()
+    assert f'{steps[-1]["mfu"]:.2f}' == ITER.findall(out)[-1][3]
 
 
 # -----------------------------------------------------------------------------
 # a user's mistakes: one line, exit code 1, no traceback
 
-@pytest.mark.parametrize('args, words', [
-    (['--bach_size=3'], ['unknown flag --bach_size', 'did you mean --batch_size?']),
-    (['--batch_size=3.5'], ['batch_size expects int, got 3.5 (float)']),
-    (['--bias=1'], ['bias expects bool, got 1 (int)', 'True or False']),
-    (['--batch_size', '3'], ['--batch_size has no value', '--key=value, as in --batch_size=12']),
-    (['config/absent.py'], ['config/absent.py']),
-    (['--dataset=absent'], ['data/absent/train.bin does not exist', 'data/absent/prepare.py']),
-    (['--block_size=4000'], ['train.bin', '4001']),
-    (['--n_head=3'], ['n_embd (32) must be a multiple of n_head (3)']),
-    (['--device=mps'], ['mps', '--device=cpu']),
-    (['--device=tpu'], ["'tpu'", '--device=cpu', 'requirements_jax.txt']),
-    (['--init_from=resume', '--out_dir=absent'], ['absent does not exist']),
-    (['--batch_size=0'], ['batch_size is 0', 'at least 1']),
-    (['--gradient_accumulation_steps=-1'], ['gradient_accumulation_steps is -1']),
-    (['--eval_interval=0'], ['eval_interval is 0']),
-    (['--log_interval=0'], ['log_interval is 0']),
-    (['--eval_iters=0'], ['eval_iters is 0']),
-    (['--max_iters=-1'], ['max_iters is -1']),
-    (['--learning_rate=-1.0'], ['learning_rate is -1.0']),
-    (['--learning_rate=nan'], ['learning_rate is nan', 'nan and inf are not allowed']),
-    (['--beta2=1.0'], ['beta2 is 1.0', 'below 1']),
-    (['--beta2=0.999999999'], ['beta2 is 0.999999999', 'below 1 in float32']),
-    # numbers that no machine can use
-    (['--learning_rate=1e39'], ['learning_rate is 1e+39', 'below 3.40282e+38 in float32']),
-    (['--batch_size=1000000000'], ['2 * 1000000000 * 16', '256 GB of memory', 'has']),
-    (['--gradient_accumulation_steps=1000000000'], ['1000000000 * 4 * 16', '512 GB']),
-    (['--eval_iters=1000000000'], ['eval_iters', '512 GB']),
-    (['--warmup_iters=2147483648'], ['warmup_iters is 2147483648', 'below 2147483648']),
-    (['--lr_decay_iters=2147483648'], ['lr_decay_iters is 2147483648']),
-    (['--max_iters=2147483648'], ['max_iters is 2147483648']),
-    (['--n_layer=9999', '--n_head=1', '--n_embd=60000'], ['two moments of AdamW', 'GB of memory']),
-    (['--n_layer=10000'], ['n_layer is 10000', 'below 10000']),
-    (['--out_dir="a\\0b"'], ['out_dir', 'NUL']),
-    (['--seed=-1'], ['seed is -1']),
-    (['--seed=4294967296'], ['seed is 4294967296', 'below']),
-    (['--dtype=bf16'], ["'bf16'", 'bfloat16']),
-    (['--n_head=0'], ['n_head is 0']),
-    (['--n_embd=0'], ['n_embd is 0']),
-    (['--attention=flash'], ["'flash'", 'auto, cudnn, splash or xla']),
-    (['--attention=cudnn'], ['NVIDIA', '--attention=xla']),
-    (['--attention=splash'], ['TPU', '--attention=xla']),
-    (['--n_layer=-2'], ['n_layer is -2']),
-    (['--block_size=0'], ['block_size is 0']),
-    (['--init_from=scrach'], ["'scrach'", 'scratch', 'resume', 'gpt2-xl']),
+def test_a_mistake_is_one_line_with_exit_code_1(folder):
+    result = run(folder, 'train_jax.py', *TINY, '--batch_size=0')
+    one_line_error(result, 'batch_size is 0; it must be at least 1', alone=True)
+    result = run(folder, 'train_jax.py', *TINY, '--init_from=scrach')
+    one_line_error(result, "'scrach'", 'scratch', 'resume', 'gpt2-xl', alone=True)
+
+
+GOOD = dict(batch_size=4, block_size=16, gradient_accumulation_steps=2, eval_iters=2)
+
+
+@pytest.mark.parametrize('wrong, words', [
+    (dict(gradient_accumulation_steps=-1),
+     'gradient_accumulation_steps is -1; it must be at least 1'),
+    (dict(eval_interval=0), 'eval_interval is 0'),
+    (dict(max_iters=-1), 'max_iters is -1'),
+    (dict(max_iters=2 ** 31), 'max_iters is 2147483648; .*below 2147483648'),
+    (dict(learning_rate=-1.0), 'learning_rate is -1.0'),
+    (dict(beta2=1.0), 'beta2 is 1.0; .* below 1'),
+    (dict(batch_size=10 ** 9), r'2 \* 1000000000 \* 16 need 256 GB of memory'),
+    (dict(n_layer=10 ** 4), 'n_layer is 10000; .*below 10000'),
+    (dict(seed=2 ** 32), 'seed is 4294967296'),
 ])
-def test_a_mistake_is_one_line_and_creates_no_folder(folder, args, words):
-    result = run_inside(folder, 'train_jax.py', *TINY, *args)
-    one_line_error(result, *words, alone=True)
-    assert not (folder / 'absent').exists() and not (folder / 'out_jax').exists()
+def test_settings_that_no_run_can_use_are_refused(wrong, words):
+    utils.check_settings(GOOD)
+    with pytest.raises(UserError, match=words):
+        utils.check_settings(GOOD | wrong)
+
+
+def test_models_and_compute_types_that_do_not_exist_are_refused():
+    cpu = SimpleNamespace(platform='cpu', device_kind='cpu', process_index=0)
+    for words, call in [
+            (r'n_embd \(32\) must be a multiple of n_head \(3\)',
+             partial(GPTConfig, n_embd=32, n_head=3)),
+            ("dtype is 'bf16'", partial(compute_dtype, 'bf16', [cpu])),
+            ('auto, cudnn, splash or xla', partial(attention_path, 'flash', 'float32', 64, cpu)),
+            ('--attention=xla', partial(attention_path, 'cudnn', 'float32', 64, cpu)),
+            ('two moments of AdamW .* GB of memory', partial(
+                utils.init_train_state, GPTConfig(n_layer=9999, n_head=1, n_embd=60000), None, 0,
+                one_device_mesh()))]:
+        with pytest.raises(UserError, match=words):
+            call()
+
+
+# -----------------------------------------------------------------------------
+# data that cannot be used, or changes
+
+def batches_of(folder, **changed):
+    settings = dict(layout=layout_of(one_device_mesh(), 4), data_dir=str(folder / 'data' / 'tiny'),
+                    block_size=16, vocab_size=20, seed=0, eval_iters=2, batch_size=4)
+    return utils.Batches(**settings | changed)
 
 
 @pytest.mark.parametrize('content, words', [
-    (b'', ['val.bin has 0 bytes', '17']),
-    (b'\0' * 101, ['val.bin has 101 bytes', 'two bytes each']),
-    (b'\0\0' * 99 + b'\x14\0', ['val.bin has the token id 20', 'ends at 19']),
-    (None, ['val.bin is no file', 'prepare.py']),
+    (b'', 'train.bin has 0 bytes; .* at least block_size [+] 1 = 17'),
+    (b'\0' * 101, 'train.bin has 101 bytes; .* two bytes each'),
+    (b'\0\0' * 16 + b'\x14\0' * 2, 'train.bin has the token id 20, .* ends at 19'),
 ])
-def test_unusable_data_is_one_line_and_creates_no_folder(folder, content, words):
+def test_unusable_data_is_refused(folder, content, words):
+    (folder / 'data' / 'tiny' / 'train.bin').write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        batches_of(folder).train(0)
+
+
+def test_data_that_is_missing_or_unreadable_is_told_apart(folder, monkeypatch):
+    with pytest.raises(UserError, match='absent/train.bin does not exist: .*python .*prepare.py'):
+        batches_of(folder, data_dir=str(folder / 'absent')).train(0)
+    def denied(path, *args, **kwargs):  # root may read everything
+        raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(os, 'stat', denied)
+    with pytest.raises(UserError, match='cannot read .*tiny/train.bin: Permission denied'):
+        batches_of(folder).train(0)
+
+
+def test_data_that_changes_during_a_run_is_a_warning_and_a_shorter_file_an_error(folder, capsys):
     path = folder / 'data' / 'tiny' / 'val.bin'
-    path.unlink()
-    path.mkdir() if content is None else path.write_bytes(content)
-    one_line_error(run_inside(folder, 'train_jax.py', *TINY), *words, alone=True)
-    assert not (folder / 'out_jax').exists()
-
-
-@pytest.mark.parametrize('split, args', [('train', []), ('val', []), ('val', ['--eval_only=True'])])
-def test_an_id_past_the_part_that_is_checked_at_the_start_ends_the_run_before_it_is_used(
-        folder, monkeypatch, split, args):
-    monkeypatch.setattr(utils, 'TOKENS_AT_START', 16)
-    ids = np.zeros(4000, np.uint16)
-    ids[17:] = 20
-    ids.tofile(folder / 'data' / 'tiny' / f'{split}.bin')
-    result = run_inside(folder, 'train_jax.py', *TINY, *args)
-    one_line_error(result, f'{split}.bin has the token id 20', 'ends at 19')
-    assert 'iter 0' not in result.stdout and 'step 0' not in result.stdout
-    if split == 'train':  # the first batch is read before the step is compiled
-        assert 'compiled in' not in result.stdout
-
-
-def test_a_batch_that_divides_into_small_micro_batches_only_says_what_it_costs(folder):
-    # 2 ** 18 elements of an activation: 8 sequences of 128 tokens, 256 wide
-    flags = [*TINY, '--block_size=128', '--n_embd=256', '--gradient_accumulation_steps=1']
-    line = ('each device computes its 37 sequences in 37 micro-batches of 1, since they do not '
-            'divide into larger ones of at most 8, which is slower: a global batch of 40 would '
-            'take 5')
-    for batch_size in (37, 36):  # 36 in 6 micro-batches of 6, one more than needed: no line
-        result = run_inside(folder, 'train_jax.py', *flags, f'--batch_size={batch_size}',
-                            '--init_from=nowhere')
-        assert (line in result.stdout.splitlines()) == (batch_size == 37), result.stdout
-        assert 'micro-batches' not in result.stdout.replace(line, '')
+    batches = batches_of(folder)
+    assert len([*batches.evaluation('val')]) == 2
+    with open(path, 'ab') as f:
+        f.write(b'\0\0')
+    for _ in range(2):
+        next(batches.evaluation('val'))
+    assert capsys.readouterr().out.count('val.bin has changed since this run started') == 1
+    path.write_bytes(b'\0' * 40)
+    with pytest.raises(UserError, match='val.bin has become shorter since this run started'):
+        [*batches.evaluation('val')]
 
 
 @pytest.mark.parametrize('content, words', [
-    (b'no pickle', ['meta.pkl', 'prepare.py']),
-    (pickle.dumps({'vocab_size': 2 ** 31}), ['vocab_size is 2147483648', 'from 1 to 65536']),
-    (pickle.dumps({'vocab_size': 0}), ['vocab_size is 0']),
-    (pickle.dumps({'vocab_size': '20'}), ["vocab_size is '20'"]),
-    (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a', 1: 2}}), ['itos', 'string']),
-    (pickle.dumps({'vocab_size': 1, 'itos': {0: 'a', 1: 'b'}}), ['itos', 'at most 1']),
-    (b'cos\nsystem\n(S"touch executed"\ntR.', ['os.system', 'only plain Python data']),
+    (b'no pickle', 'meta.pkl .*prepare.py'),
+    (pickle.dumps({'vocab_size': 2 ** 31}), 'vocab_size is 2147483648; .* from 1 to 65536'),
+    (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a', 1: 2}}), 'itos must have a string'),
+    (b'cos\nsystem\n(S"touch executed"\ntR.', 'os.system.*only plain Python data'),
 ])
-def test_a_meta_file_that_is_not_plain_data_is_refused_and_runs_no_code(folder, content, words):
+def test_a_meta_file_that_is_not_plain_data_is_refused_and_runs_no_code(
+        folder, monkeypatch, content, words):
+    from nanogpt_jax.tokenizer import load_vocabulary
+    monkeypatch.chdir(folder)
     (folder / 'data' / 'tiny' / 'meta.pkl').write_bytes(content)
-    one_line_error(run_inside(folder, 'train_jax.py', *TINY), *words, alone=True)
+    with pytest.raises(UserError, match=words):
+        load_vocabulary(str(folder / 'data' / 'tiny'))
     assert not (folder / 'executed').exists()
