@@ -19,7 +19,7 @@ from nanogpt_jax import pretrained
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.ops import (
     causal_attention, cross_entropy, dropout, einsum, fused_attention, gelu, matmul,
-    splash_attention,
+    normalize, splash_attention,
 )
 from nanogpt_jax.sampling import Sampler, stream_tokens
 
@@ -136,11 +136,7 @@ class LayerNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x):
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        # torch's epsilon; flax's default is 1e-6
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
-        x = x * self.scale[...]
+        x = normalize(x.astype(jnp.float32)) * self.scale[...]
         if self.bias is not None:
             x = x + self.bias[...]
         return x.astype(self.dtype)
@@ -296,7 +292,7 @@ class GPT(nnx.Module):
     def head(self, x, kernel=None):
         """Logits (..., vocab_size) in the compute dtype, from hidden states (..., C).
 
-        kernel: a copy of head_kernel() to use instead, in the compute dtype.
+        kernel: a copy of head_kernel(), or of some of its columns, to use instead.
         """
         return matmul(x, self.head_kernel() if kernel is None else kernel)
 
@@ -312,7 +308,8 @@ class GPT(nnx.Module):
             return self.head(x[:, -1:]), None
         with jax.named_scope('head'):
             logits = self.head(x)
-            return logits, cross_entropy(logits, targets)
+            some_logits = self.head(x, self.head_kernel()[:, :128])
+            return logits, cross_entropy(logits, targets, some_logits)
 
     def crop_block_size(self, block_size):
         """Shorten the context to block_size. Raises UserError if the model's is shorter."""
