@@ -20,8 +20,8 @@ import optax
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 import jax_train_utils as utils
-from jax_transformer import GPT_ARGS, GPTConfig
-from nanogpt_jax.checkpoint import should_save
+from jax_transformer import GPT_ARGS, GPTConfig, model_args
+from nanogpt_jax.checkpoint import quiet_orbax, should_save
 from nanogpt_jax.devices import (
     attention_path, compute_dtype, describe_peak, enable_compilation_cache, peak_flops,
     select_devices,
@@ -35,6 +35,7 @@ from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 keep_stdout_open()
+quiet_orbax()
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 (124M) on OpenWebText
 # files and logging
@@ -120,6 +121,8 @@ elif not eval_only and checkpoints.steps():
                     f'{checkpoints.steps()[-1]}): resume it with --init_from=resume, or choose '
                     'another --out_dir')
 utils.check_settings(config)
+if not eval_only:
+    checkpoints.check_free([*range(0, max_iters + 1, eval_interval), max_iters + 1])
 
 # how a global batch is split over the devices
 micro_batch_size = choose_micro_batch_size(batch_size, block_size, n_embd, devices[0].platform)
@@ -243,9 +246,8 @@ def save(val_loss=None):
     print(f'saving checkpoint to {out_dir}')
     if metrics_file:
         metrics_file.upload() # to a bucket; a folder has them already
-    model_args = {name: getattr(gptconf, name) for name in GPT_ARGS}
     checkpoints.save(state, dict(iter_num=iter_num, best_val_loss=best_val_loss, config=config,
-                                 model_args=model_args, chars=vocabulary), val_loss)
+                                 model_args=model_args(gptconf), chars=vocabulary), val_loss)
 
 # compile
 stop = StopRequest() # signals end the loop after its current iteration
@@ -256,7 +258,7 @@ print(f'compiled in {time.perf_counter() - t0:.1f} s')
 
 # training loop
 first_iter, last_logged = iter_num, iter_num - 1
-running_mfu, queued = -1.0, [] # queued: steps whose line is not printed yet
+running_mfu, queued = -1.0, [] # queued: (iteration, metrics) of steps that are not printed yet
 started = t0 = time.perf_counter()
 with stop, checkpoints: # waits for the last save at the end
     while iter_num <= max_iters:
@@ -275,7 +277,7 @@ with stop, checkpoints: # waits for the last save at the end
             if should_save(val_loss, best_val_loss, always_save_checkpoint):
                 best_val_loss = min(val_loss, best_val_loss)
                 if init_from == 'resume' and iter_num == first_iter: # saved already
-                    checkpoints.record_val_loss(iter_num, val_loss)
+                    checkpoints.record_val_loss(iter_num, val_loss, config)
                 elif iter_num > 0:
                     save(val_loss)
             now = time.perf_counter()
@@ -286,23 +288,22 @@ with stop, checkpoints: # waits for the last save at the end
 
         # one optimizer step; read the next batch while the devices compute it
         state, metrics = train_step(state, x, y, np.int32(iter_num))
-        # a CPU may compute it before the call returns
-        ended = time.perf_counter() if metrics['loss'].is_ready() else None
         if iter_num % log_interval == 0:
-            queued.append((iter_num, metrics, ended))
+            queued.append((iter_num, metrics))
         x, y = batches.train(iter_num + 1)
         checkpoints.check() # raise if the asynchronous save failed
         iter_num += 1
         stopping = iter_num > max_iters or stop.reached()
 
-        # timing and logging, one step late: reading a loss waits for its step. The last one before
-        # an evaluation or the end is not late
-        while queued and (queued[0][0] < iter_num - 1 or stopping or iter_num % eval_interval == 0):
-            it, metrics, ended = queued.pop(0)
-            values = {name: float(x) for name, x in metrics.items()}
-            t1 = ended or time.perf_counter()
-            dt = (t1 - t0) / (it - last_logged)
-            t0, last_logged = t1, it
+        # timing and logging, one step late, since reading a loss waits for its step; the last one
+        # before an evaluation or the end is not late
+        all_due = stopping or iter_num % eval_interval == 0
+        n_due = sum(all_due or it < iter_num - 1 for it, _ in queued)
+        due = [(it, {name: float(value) for name, value in metrics.items()})
+               for it, metrics in queued[:n_due]]
+        queued, t1 = queued[n_due:], time.perf_counter()
+        for it, values in due:
+            dt = (t1 - t0) / (due[-1][0] - last_logged)
             if it - first_iter >= 5: # let the training loop settle a bit
                 mfu = model.estimate_mfu(layout.global_batch_size, dt, peak)
                 running_mfu = mfu if running_mfu == -1.0 else 0.9*running_mfu + 0.1*mfu
@@ -315,6 +316,8 @@ with stop, checkpoints: # waits for the last save at the end
             utils.check_finite(it, values, checkpoints)
             if it == first_iter + 2: # the first ones are slower
                 utils.print_time_left(dt * (max_iters - it))
+        if due:
+            t0, last_logged = t1, due[-1][0]
         if stopping:
             break
 

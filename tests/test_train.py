@@ -1,4 +1,4 @@
-"""Complete runs of train_jax.py, and the functions that its settings, batches and log go through."""
+"""Whole runs of train_jax.py, and the functions that its settings, batches and log go through."""
 
 import io
 import os
@@ -150,7 +150,8 @@ def test_the_time_left_is_printed_on_a_terminal_only(trained):
         pass  # how Linux reports that the other end is closed
     process.kill()
     process.wait()
-    assert re.search(r'^\d+:\d\d:\d\d left, done at about \w+ \d\d:\d\d\r$', out.decode(), re.M), out
+    line = r'^\d+:\d\d:\d\d left, done at about \w+ \d\d:\d\d\r$'
+    assert re.search(line, out.decode(), re.M), out
 
 
 @pytest.mark.parametrize('terminal', [True, False])
@@ -198,7 +199,7 @@ def test_a_resumed_run_ends_with_the_same_bits(folder, stop, always):
     first = train(folder, *args, f'--max_iters={stop - 1}', '--out_dir=parts')
     # a run that was killed after its last checkpoint has logged more, its last line cut off
     with open(folder / 'parts' / 'metrics.jsonl', 'a') as f:
-        f.write('{"iter": %d, "loss": 1.0}\n{"iter": 8, "lo' % stop)
+        f.write(f'{{"iter": {stop}, "loss": 1.0}}\n{{"iter": 8, "lo')
     # no other flags: the settings come from the checkpoint
     out = resume(folder, '--out_dir=parts', '--max_iters=8')
     assert f'differs from the checkpoint: max_iters {stop - 1} -> 8\n' in out
@@ -215,8 +216,7 @@ def test_a_resumed_run_ends_with_the_same_bits(folder, stop, always):
     def numbers(out_dir):
         return [{k: m[k] for k in m if k not in ('ms_per_iter', 'tokens_per_s', 'mfu')}
                 for m in read_metrics(folder / out_dir)]
-    parts, whole = numbers('parts'), numbers('uninterrupted')
-    assert parts[-3:] == whole[-3:] and len(parts) - len(whole) == (stop % 3 == 0)
+    assert numbers('parts') == numbers('uninterrupted')
 
 
 def test_eval_only_evaluates_once_whatever_the_seed_and_writes_nothing(copy, trained):
@@ -257,20 +257,17 @@ def test_a_validation_loss_counts_for_the_data_that_it_was_measured_on_only(copy
     data = shutil.copytree(copy / 'data' / 'tiny', copy / 'data' / 'easy')
     for split in ('train', 'val'):
         (np.arange(4000) % 20).astype(np.uint16).tofile(data / f'{split}.bin')
-    before = Checkpoints(copy / 'out_jax', read_only=True).best()
     flags = ['--eval_interval=2', '--always_save_checkpoint=False', '--learning_rate=1e-4',
              '--min_lr=1e-4']
     easy = resume(copy, *flags, '--dataset=easy', '--max_iters=25')
-    assert easy.count('saving checkpoint') > 1 # although its loss began anew
+    assert 'measured with another dataset: the best starts anew' in easy
     again = resume(copy, *flags, '--dataset=tiny', '--max_iters=31')
+    assert 'another dataset: the best is that of the checkpoints with this one' in again
+    losses = [{int(s[0]): float(s[2]) for s in STEP.findall(out)} for out in (easy, again)]
+    best = [min(each, key=each.get) for each in losses]
+    assert losses[0][best[0]] < losses[1][best[1]] # and would hide every improvement
     checkpoints = Checkpoints(copy / 'out_jax', read_only=True)
-    # the easy data's losses are lower; neither hides the best of the other data
-    assert min(float(s[2]) for s in STEP.findall(easy)) < min(
-        float(s[2]) for s in STEP.findall(again))
-    best = checkpoints.best()
-    assert checkpoints.meta(best)['config']['dataset'] == 'tiny'
-    assert best == before or best > 26
-    assert before in checkpoints.steps() or best > 26
+    assert checkpoints.steps() == [*best, 32] and checkpoints.candidates('best') == best[1:]
 
 
 def test_resuming_on_other_characters_is_refused(copy):
@@ -354,7 +351,8 @@ GOOD = dict(batch_size=4, block_size=16, gradient_accumulation_steps=2, eval_ite
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (dict(gradient_accumulation_steps=-1), 'gradient_accumulation_steps is -1; it must be at least 1'),
+    (dict(gradient_accumulation_steps=-1),
+     'gradient_accumulation_steps is -1; it must be at least 1'),
     (dict(eval_interval=0), 'eval_interval is 0'),
     (dict(max_iters=-1), 'max_iters is -1'),
     (dict(max_iters=2 ** 31), 'max_iters is 2147483648; .*below 2147483648'),

@@ -18,7 +18,7 @@ from nanogpt_jax import devices as machine
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.run_dir import data_dir_of
 from nanogpt_jax.pretrained import GPT2_SHAPES
-from nanogpt_jax.sharding import mesh_for_batch
+from nanogpt_jax.sharding import choose_layout
 from nanogpt_jax.tokenizer import load_vocabulary
 from tools import print_table
 from tools.hlo import collectives, custom_calls, cycles_by_part, sent_bytes
@@ -59,14 +59,15 @@ elif init_from != 'scratch':
                     f'{", ".join(GPT2_SHAPES)}')
 vocab_size = vocab_size or load_vocabulary(data_dir_of(dataset))[0] or GPTConfig.vocab_size
 devices = target_devices(target)
-mesh, grad_accum_steps = mesh_for_batch(
+mesh, global_batch_size, micro_steps, _ = choose_layout(
     devices, gradient_accumulation_steps * batch_size, batch_size, fsdp)
-micro_batch_size = gradient_accumulation_steps * batch_size // mesh.size // grad_accum_steps
+micro_batch_size = global_batch_size // mesh.size // micro_steps
 dtype = machine.compute_dtype(dtype, devices, 'dtype' in given)
 GPTConfig(n_embd=n_embd, n_head=n_head, dtype=dtype)  # checks these before attention_path uses them
 attention = machine.attention_path(attention, dtype, n_embd // n_head, devices[0])
-gptconf = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, dtype,
-                    attention, remat)
+gptconf = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                    n_embd=n_embd, dropout=dropout, bias=bias, dtype=dtype, attention=attention,
+                    remat=remat)
 model = split_model(gptconf)[0]
 memory, memory_note = usable_memory(target)
 if largest and memory == math.inf:
@@ -78,7 +79,7 @@ def measure(n_sequences):
     device needs for it); (None, 0, inf) if the compiler says that it does not fit."""
     t0 = time.time()
     try:
-        step = compile_step(gptconf, mesh, grad_accum_steps, n_sequences)
+        step = compile_step(gptconf, mesh, micro_steps, n_sequences)
     except jax.errors.JaxRuntimeError as e:
         if 'RESOURCE_EXHAUSTED' not in str(e):
             raise
@@ -119,7 +120,7 @@ def print_collectives(hlo):
 
 def print_time(hlo):
     """FLOPs and, on a TPU, the compiler's estimate of clock cycles and what follows from it."""
-    flops = model.estimate_mfu(grad_accum_steps * micro_batch_size, 1.0, peak_flops=1.0)
+    flops = model.estimate_mfu(micro_steps * micro_batch_size, 1.0, peak_flops=1.0)
     peak = machine.peak_flops(devices[0])
     at_peak = (f', at the peak of {peak / 1e12:g} TFLOP/s {flops / peak * 1000:.1f} ms'
                if math.isfinite(peak) else '')
@@ -136,7 +137,7 @@ def print_time(hlo):
     seconds = total / clock
     if kernels := custom_calls(hlo, 'tpu_custom_call'):
         # causal attention's matmuls: half of what 12LHQT counts, and the scores once more backward
-        n_tokens = grad_accum_steps * micro_batch_size * block_size
+        n_tokens = micro_steps * micro_batch_size * block_size
         floor = 7 * n_layer * n_embd * block_size * n_tokens / peak
         print(f'besides {kernels} calls of Pallas kernels, which carry no estimate: '
               f'{floor * 1000:.1f} ms at the peak')
@@ -151,7 +152,7 @@ n_params = model.get_num_params(non_embedding=False)
 print(f'{n_params / 1e6:,.2f}M parameters: {n_layer} layers, {n_head} heads, {n_embd} wide')
 print(f'{target}: {mesh.size} x {devices[0].device_kind}, mesh: data {mesh.shape["data"]} x fsdp '
       f'{fsdp}; {dtype}, attention {attention if not dropout else "xla"}, remat {remat}')
-print(f'each device computes {grad_accum_steps} micro-steps of {micro_batch_size} x {block_size} '
+print(f'each device computes {micro_steps} micro-steps of {micro_batch_size} x {block_size} '
       'tokens in a step')
 step, arguments, n_bytes = measure(micro_batch_size)
 print()
