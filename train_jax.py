@@ -200,7 +200,7 @@ for name, tensors in zip(('decayed', 'non-decayed'), utils.decay_groups(state['p
 on_device, full = (n_bytes / 1e6 for n_bytes in state_bytes(state))
 print(f"mesh: data {mesh.shape['data']} x fsdp {fsdp}, {layout.micro_steps} micro-steps per "
       f'iteration, {on_device:,.1f} MB of the {full:,.1f} MB of training state on each device')
-peak = mesh.size * peak_flops(devices[0]) # nan if it is not known
+peak = mesh.size * peak_flops(devices[0])
 print(describe_peak(devices[0], mesh.size))
 fastest = model.estimate_mfu(layout.global_batch_size, 1.0, peak) # seconds per iteration
 if devices[0].platform == 'cpu' and fastest > 10:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import jax_train_utils as utils
 from configurator import configure
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.tokenizer import get_tokenizer, load_meta
+from nanogpt_jax.tokenizer import load_meta
 from test_jax_transformer import one_device_mesh
 
 DEFAULTS = {'count': 12, 'rate': 1e-3, 'flag': False, 'text': 'out'}
@@ -47,16 +47,6 @@ def test_what_python_prints_is_read_back(count, rate, flag, text):
 def test_any_argument_that_names_no_setting_is_a_user_error(arg):
     with pytest.raises(UserError):
         configured('--' + arg)
-
-
-@given(st.integers(1, 50), st.integers(1, 10 ** 12), st.integers(0, 2 ** 32),
-       st.integers(0, 2 ** 40))
-def test_offsets_are_in_range_and_reproducible(n, n_offsets, seed, iter_num):
-    offsets = utils.batch_offsets(n, n_offsets, seed, iter_num, utils.TRAIN)
-    assert offsets.shape == (n,) and offsets.dtype == np.int64
-    assert 0 <= offsets.min() and offsets.max() < n_offsets
-    again = utils.batch_offsets(n, n_offsets, seed, iter_num, utils.TRAIN)
-    np.testing.assert_array_equal(offsets, again)
 
 
 @settings(max_examples=30, deadline=None)  # the first example initializes JAX
@@ -100,26 +90,6 @@ def test_no_batch_has_an_id_outside_the_vocabulary(ids, vocab_size, at_start):
             assert batch == (max(ids[offset:offset + 9]) < vocab_size)
         start = accepted(utils.check_tokens, vocab_size, ['train'])
         assert start == (max(ids[:at_start], default=0) < vocab_size)
-
-
-def test_the_check_at_the_start_reads_a_bounded_part_of_a_large_file(tmp_path, monkeypatch):
-    with open(tmp_path / 'train.bin', 'wb') as f:
-        f.truncate(2 * 10 ** 10)  # without content, so it takes no disk
-    sizes, fromfile = [], np.fromfile
-
-    def counted(*args, **kwargs):
-        sizes.append(fromfile(*args, **kwargs).nbytes)
-        return fromfile(*args, **kwargs)
-    monkeypatch.setattr(np, 'fromfile', counted)
-    utils.check_tokens(str(tmp_path), 1, ['train'])
-    assert sizes == [32 * 2 ** 20] and os.listdir(tmp_path) == ['train.bin']
-
-
-@given(st.lists(st.characters(codec='utf-8'), min_size=1, unique=True), st.data())
-def test_characters_round_trip(chars, data):
-    text = data.draw(st.text(alphabet=chars))
-    encode, make_decode, _ = get_tokenizer(chars)
-    assert make_decode([])(encode(text)).decode() == text
 
 
 @settings(max_examples=30)
