@@ -18,15 +18,18 @@ from flax import nnx
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 import jax_train_utils as utils
 from jax_transformer import GPT, GPTConfig
-from nanogpt_jax import devices as machine
-from nanogpt_jax import sharding
+from nanogpt_jax.devices import (
+    attention_path, compute_dtype, describe_peak, enable_compilation_cache, peak_flops,
+    program_memory, select_devices,
+)
 from nanogpt_jax.errors import report_user_error
 from nanogpt_jax.run_dir import data_dir_of
 from nanogpt_jax.sampling import check_sampling_memory, sampling_weights
+from nanogpt_jax.sharding import choose_micro_batch_size, mesh_for_batch, shard_batch
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 # -----------------------------------------------------------------------------
-batch_size = 12 # the most sequences that the device processes at a time
+batch_size = 12 # max sequences per micro-step
 gradient_accumulation_steps = 1 # the global batch is this * batch_size sequences
 block_size = 1024 # context length, in tokens
 bias = False # biases inside LayerNorm and Linear layers?
@@ -53,25 +56,27 @@ config, given = configure(globals()) # all settings, and the names of those that
 if 'compile' in given:
     print('--compile has no counterpart here and is ignored: XLA always compiles')
 utils.check_settings(config)
-devices = machine.select_devices(device)[:1]
+devices = select_devices(device)[:1]
+platform = devices[0].platform
 if compilation_cache:
-    machine.enable_compilation_cache()
-compute_type = machine.compute_dtype(dtype, devices, 'dtype' in given)
-mesh = sharding.make_mesh(devices)
-attention = machine.attention_path(attention, compute_type, n_embd // n_head, devices[0])
-gptconf = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                    n_embd=n_embd, dropout=dropout, bias=bias, dtype=compute_type,
-                    attention=attention, remat=remat)
-print(f'platform: {devices[0].platform} ({devices[0].device_kind}), computing in {compute_type}, '
-      f'attention: {"xla" if dropout else attention}')
+    enable_compilation_cache()
+compute_type = compute_dtype(dtype, devices, 'dtype' in given)
+kernel = attention_path(attention, compute_type, n_embd // n_head, devices[0])
+gptconf = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, compute_type,
+                    kernel, remat)
+global_batch_size = gradient_accumulation_steps * batch_size
+mesh, grad_accum_steps = mesh_for_batch(
+    devices, global_batch_size, choose_micro_batch_size(batch_size, block_size, n_embd, platform))
+print(f'platform: {platform} ({devices[0].device_kind}), computing in {compute_type}, '
+      f'attention: {"xla" if dropout else kernel}')
 
 def median_time(f, n):
     """Median seconds of n calls."""
     times = []
     for _ in range(n):
-        t0 = time.time()
+        t0 = time.perf_counter()
         jax.block_until_ready(f())
-        times.append(time.time() - t0)
+        times.append(time.perf_counter() - t0)
     return float(np.median(times))
 
 utils.check_model_memory(gptconf, mesh, 'the weights', 4)
@@ -99,14 +104,6 @@ if max_new_tokens:
     sys.exit()
 
 # data
-global_batch_size = gradient_accumulation_steps * batch_size
-micro_batch_size = sharding.choose_micro_batch_size(
-    batch_size, block_size, n_embd, devices[0].platform)
-_, grad_accum_steps = sharding.split_global_batch(
-    global_batch_size, micro_batch_size, n_devices=1)
-if cost := sharding.describe_small_micro_batches(
-        global_batch_size, micro_batch_size, 1, grad_accum_steps):
-    print(cost)
 data_dir = data_dir_of(dataset)
 if real_data:
     utils.count_tokens(data_dir, 'train', block_size)
@@ -118,7 +115,7 @@ def get_batch(iter_num):
     return fixed_batch
 shape = grad_accum_steps, global_batch_size // grad_accum_steps, block_size
 tokens = np.random.default_rng(seed).integers(vocab_size, size=(2, *shape), dtype=np.int32)
-fixed_batch = sharding.shard_batch(mesh, *tokens) # x, y
+fixed_batch = shard_batch(mesh, *tokens) # x, y
 
 # model and step
 model, graphdef, _ = utils.split_model(gptconf)
@@ -126,10 +123,10 @@ tx = utils.create_optimizer(lambda it: 1e-4, weight_decay=1e-2, betas=(0.9, 0.95
 state = utils.init_train_state(gptconf, tx, seed, mesh)
 train_step = utils.make_train_step(graphdef, tx, seed, mesh,
                                    scale_loss=compute_type == 'float16')
-t0 = time.time()
+t0 = time.perf_counter()
 train_step = train_step.lower(state, *get_batch(0), np.int32(0)).compile()
-print(f'compiled in {time.time() - t0:.1f} s')
-arguments, temporary = machine.program_memory(train_step, devices[0].platform)
+print(f'compiled in {time.perf_counter() - t0:.1f} s')
+arguments, temporary = program_memory(train_step, platform)
 print(f'memory by the compiled program: {arguments / 2**30:.2f} GiB of state and batch, '
       f'{temporary / 2**30:.2f} GiB while it runs')
 
@@ -152,9 +149,9 @@ if profile:
     print('trace written to bench_log')
 else:
     num_steps = 20
-    t0 = time.time()
+    t0 = time.perf_counter()
     state = run(train_step, state, num_steps)
-    dt = (time.time() - t0) / num_steps
+    dt = (time.perf_counter() - t0) / num_steps
 
     # the host's share of the time: a step that returns the same state and computes almost nothing
     idle = jax.jit(lambda state, x, y, it: (state, {'loss': jnp.float32(0) * it}),
@@ -162,13 +159,13 @@ else:
     idle = idle.lower(state, *get_batch(0), np.int32(0)).compile()
     host = []
     for k in range(100):
-        t0 = time.time()
+        t0 = time.perf_counter()
         state, metrics = idle(state, *get_batch(k), np.int32(k))
-        host.append(time.time() - t0)
+        host.append(time.perf_counter() - t0)
         jax.block_until_ready(metrics)
 
-    mfu = model.estimate_mfu(global_batch_size, dt, machine.peak_flops(devices[0]))
-    print(machine.describe_peak(devices[0]))
+    mfu = model.estimate_mfu(global_batch_size, dt, peak_flops(devices[0]))
+    print(describe_peak(devices[0]))
     print(f'time per iteration: {dt * 1000:.4f}ms, MFU: {mfu * 100:.2f}%')
     print(f'tokens per second: {global_batch_size * block_size / dt:,.0f}')
     print(f'host time per iteration (batch and dispatch): {np.median(host) * 1000:.2f}ms')

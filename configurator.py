@@ -7,188 +7,158 @@ configurator.py; this one is a function, explains what it refuses, and returns w
 
 import ast
 import difflib
-import glob
 import math
+import os
 import reprlib
-import symtable
 import sys
 import traceback
 
 from nanogpt_jax.errors import UserError
 
 PLAIN = (int, float, bool, str)
-LARGEST_CONFIG = 2 ** 20  # characters; so that a wrong path, such as a train.bin, is not printed
+LARGEST_CONFIG = 2 ** 20  # bytes; so that a wrong path, such as a train.bin, is not printed
 
 
 def configure(script, argv=None):
-    """Override the plain settings among `script` (a script's globals()) from argv.
+    """Override the settings among `script` (a script's globals()) from argv.
 
     argv: default sys.argv[1:]. Returns (config, given): the final value of each setting, and the
     set of names that argv or a config file set. Raises UserError for a mistake.
     """
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')  # prints ? for a character that a terminal lacks
-    argv = sys.argv[1:] if argv is None else argv
-    defaults = {k: v for k, v in script.items() if not k.startswith('_') and type(v) in PLAIN}
     # config files run in a copy, so that they can use all that the script has, as in nanoGPT, and
     # the other names that they assign or delete stay theirs
     names, given = dict(script), set()
-    for arg in argv:
+    for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('-h', '--help'):
             print_help(script)
         elif arg.startswith('-'):
-            key, value = read_flag(arg, defaults)
+            key, value = read_flag(arg, settings_of(script))
+            print(f'Overriding: {key} = {value}')
             script[key] = value
             given.add(key)
-            print(f'Overriding: {key} = {value}')
         else:
-            names.update((key, script[key]) for key in defaults)
-            given |= run_config_file(arg, script, defaults, names)
-    return {k: script[k] for k in defaults}, given
+            names |= settings_of(script)
+            values = run_config_file(arg, settings_of(script), names)
+            script.update(values)
+            given |= values.keys()
+    return settings_of(script), given
 
 
-def read_flag(arg, defaults):
+def settings_of(script):
+    """{name: value} of the settings among a script's globals: its plain values."""
+    return {key: value for key, value in script.items()
+            if not key.startswith('_') and type(value) in PLAIN}
+
+
+def override(script, values):
+    """Set the settings among `script` (a script's globals()) that `values` has, such as those that
+    a resumed run takes from its checkpoint. Raises UserError for a value of another type."""
+    for key, default in settings_of(script).items():
+        if key in values:
+            script[key] = checked(key, values[key], default)
+
+
+def checked(key, value, default, where=''):
+    """value in the type of default. Raises UserError, which begins with `where`, for another type
+    and for what no machine can use: nan, inf, and integers beyond 64 bits."""
+    expected = type(default)
+    if type(value) is int and not -2 ** 63 <= value < 2 ** 63:
+        raise UserError(f'{where}{key} must fit 64 bits')
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        hint = '; write True or False' if expected is bool else ''
+        raise UserError(f'{where}{key} expects {expected.__name__}, got {reprlib.repr(value)} '
+                        f'({type(value).__name__}){hint}')
+    if expected is float and not math.isfinite(value):
+        raise UserError(f'{where}{key} is {value}: nan and inf are not allowed')
+    return value
+
+
+# -----------------------------------------------------------------------------
+# flags
+
+def read_flag(arg, settings):
     """(key, value) of --key=value; a bare --key is True."""
     key, equals, text = arg.removeprefix('--').partition('=')  # a value can contain another =
     if not arg.startswith('--'):
-        raise UserError(f'{arg} is no flag; flags are written --key=value')
-    if key not in defaults:
-        close = difflib.get_close_matches(key, defaults, 1)
+        raise UserError(f'{arg} is not a flag; flags are written --key=value')
+    if key not in settings:
+        close = difflib.get_close_matches(key, settings, 1)
         hint = f'did you mean --{close[0]}?' if close else '--help lists them all'
         raise UserError(f'unknown flag --{key}; {hint}')
-    if not equals and type(defaults[key]) is not bool:
-        raise UserError(f'{arg} has no value; flags are written --key=value, as in '
-                        f'{arg}={defaults[key]}')
-    return key, checked(key, parse(text), text, defaults[key]) if equals else True
+    default = settings[key]
+    if not equals and type(default) is not bool:
+        raise UserError(f'{arg} has no value; flags are written --key=value, as in {arg}={default}')
+    value = parse(text) if equals else True
+    if type(default) is str and type(value) is not str:
+        value = text  # --wandb_run_name=7 is the string '7'
+    return key, checked(key, value, default)
+
+
+def parse(text):
+    """The plain value that a flag's text writes in Python; other text needs no quotes."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return text
+    return value if type(value) in PLAIN else text
 
 
 # -----------------------------------------------------------------------------
 # config files
 
-def run_config_file(path, script, defaults, names):
-    """Execute a config file in `names`, and set the settings that it assigned in `script`; returns
-    which."""
+def run_config_file(path, settings, names):
+    """Execute a config file in `names`; returns {name: value} of the settings that it assigned."""
     source = read_config_file(path)
     try:
-        code = compile(source, path, 'exec')
-        symbols = symtable.symtable(source, path, 'exec').get_symbols()
+        tree = ast.parse(source, path)
+        code = compile(tree, path, 'exec')
         print(f'Overriding config with {path}:')
         print(source)
         exec(code, names)
     except KeyboardInterrupt:
         raise
     except BaseException as e:  # SystemExit too: no config file ends a script by intention
-        is_syntax = isinstance(e, SyntaxError)
-        line = is_syntax and e.lineno or last_line(e.__traceback__, path)
-        reason = traceback.format_exception_only(e)[-1 if is_syntax else 0]
-        raise UserError(f'the config file {path} failed in line {line}: {reason.strip()}') from e
-    assigned = {s.get_name() for s in symbols if s.is_assigned()}
-    for key in sorted(assigned - defaults.keys()):
+        lines = [getattr(e, 'lineno', None) or '?'] + [
+            frame.lineno for frame in traceback.extract_tb(e.__traceback__)
+            if frame.filename == path]
+        raise UserError(f'the config file {path} failed in line {lines[-1]}: '
+                        f'{type(e).__name__}: {e}') from e
+    assigned = {node.id for node in ast.walk(tree)
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for key in sorted(assigned - settings.keys()):
         # a config file may serve several scripts, so only what looks misspelt is worth a warning
-        if close := difflib.get_close_matches(key, defaults, 1, cutoff=0.85):
-            print(f'WARNING: {path} sets {key}, which is no setting; did you mean {close[0]}?')
-    if deleted := sorted(defaults.keys() - names.keys()):
-        raise UserError(f'the config file {path} deletes {", ".join(deleted)}; '
-                        'every setting needs a value')
-    # a new value without an assignment to its name: by import, exec() or globals()
-    given = {key for key in defaults if key in assigned or names[key] is not script[key]}
-    for key in sorted(given):
-        value = names[key]
-        if hasattr(value, 'item') and getattr(value, 'ndim', None) == 0:
-            value = value.item()  # a scalar of NumPy or JAX
-        if type(defaults[key]) is int and type(value) is float and value.is_integer():
+        if close := difflib.get_close_matches(key, settings, 1, cutoff=0.85):
+            print(f'WARNING: {path} sets {key}, which is not a setting; did you mean {close[0]}?')
+    values = {}
+    for key, old in settings.items():
+        value = names.get(key)
+        if type(old) is int and type(value) is float and value.is_integer():
             value = int(value)  # max_iters = 5e3 works in nanoGPT's config files
-        script[key] = checked(key, value, value, defaults[key], f'the config file {path}: ')
-    return given
+        # some are set without an assignment to the name: by import, exec() or globals()
+        if key in assigned or value is not old:
+            values[key] = checked(key, value, old, f'the config file {path}: ')
+    return values
 
 
 def read_config_file(path):
+    if not os.path.isfile(path):  # a FIFO would be waited for
+        hint = '' if path.endswith('.py') else (
+            '; if it is the value of a flag, write --key=value')
+        raise UserError(f'the config file {path} does not exist, or is not a file{hint}')
     try:
+        if os.path.getsize(path) > LARGEST_CONFIG:
+            raise UserError(f'{path} is not a config file: it has more than {LARGEST_CONFIG:,} '
+                            'bytes')
         with open(path, encoding='utf-8-sig') as f:  # Windows' editors write a byte order mark
-            source = f.read(LARGEST_CONFIG)
+            return f.read()
     except UnicodeDecodeError as e:
-        raise UserError(f'the config file {path} is not UTF-8 text ({e.reason}): save it as '
-                        'UTF-8') from e
-    except (OSError, ValueError) as e:  # ValueError: no path has a NUL character
-        configs = ', '.join(sorted(glob.glob('config/*.py')))
-        hint = f'; there are {configs}' if configs else ''
-        if not path.endswith('.py'):
-            hint = '; if it is the value of a flag, write --key=value'
-        raise UserError(f'cannot read the config file {path} ({type(e).__name__}){hint}') from e
-    if len(source) == LARGEST_CONFIG:
-        raise UserError(f'{path} is no config file: it has {LARGEST_CONFIG:,} characters or more')
-    return source
-
-
-def last_line(tb, path):
-    lines = []
-    while tb:
-        if tb.tb_frame.f_code.co_filename == path:
-            lines.append(tb.tb_lineno)
-        tb = tb.tb_next
-    return lines[-1] if lines else '?'
-
-
-# -----------------------------------------------------------------------------
-# values
-
-def parse(text):
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        return text  # a plain string needs no quotes
-
-
-def checked(key, value, text, default, where=''):
-    """value in the type of default, if a machine can use it: finite, in 64 bits, or fit for a path.
-
-    text: what was written, the value of a string setting. where: begins the error's message.
-    """
-    expected = type(default)
-    if expected is str and not isinstance(value, str):
-        value = text  # --wandb_run_name=7 is the string '7'
-    if expected is float:
-        value = as_float(value)
-    if type(value) is not expected:
-        hint = '; write True or False' if expected is bool else ''
-        raise UserError(f'{where}{key} expects {expected.__name__}, got {shown(value)} '
-                        f'({type(value).__name__}){hint}')
-    if expected is float and not math.isfinite(value):
-        raise UserError(f'{where}{key} is {value}: nan and inf are not allowed')
-    if expected is int and not -2 ** 63 <= value < 2 ** 63:
-        raise UserError(f'{where}{key} is {shown(value)}; it must fit 64 bits')
-    if expected is str and not fits_path(value):
-        raise UserError(f'{where}{key} is {shown(value)}; no name can contain a NUL or half a '
-                        'surrogate pair')
-    return value
-
-
-def as_float(value):
-    """An int as a float, and the strings nan and inf as these; all else as it is."""
-    try:
-        if type(value) is int or type(value) is str and not math.isfinite(float(value)):
-            return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-    except ValueError:
-        pass  # a string that is no number
-    return value
-
-
-def fits_path(text):
-    try:
-        text.encode('utf-8', 'surrogateescape')  # as Python reads file names that are not UTF-8
-    except UnicodeEncodeError:
-        return False
-    return '\0' not in text
-
-
-def shown(value):
-    """repr(value), shortened."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # more digits than Python prints
-        return 'a number of thousands of digits'
+        raise UserError(f'the config file {path} is not UTF-8 text: save it as UTF-8') from e
+    except OSError as e:
+        raise UserError(f'cannot read the config file {path} ({e.strerror})') from e
 
 
 # -----------------------------------------------------------------------------
@@ -204,7 +174,8 @@ def print_help(script):
     """Print the script's docstring and its config block, which documents every flag, and exit."""
     with open(script['__file__'], encoding='utf-8') as f:
         docstring = ast.get_docstring(ast.parse(f.read()))  # python -OO has no __doc__
+    # sample_jax.py keeps standard output for the samples
+    out = sys.__stdout__ if sys.stdout is sys.stderr else sys.stdout
     print(docstring, 'Every setting below is a flag, --key=value:',
-          config_block(script['__file__']).strip(), sep='\n\n',
-          file=sys.__stdout__)  # even if the script prints elsewhere
+          config_block(script['__file__']).strip(), sep='\n\n', file=out)
     raise SystemExit(0)

@@ -19,8 +19,10 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and 
 from jax_train_utils import (
     Checkpoints, abstract_train_state, create_optimizer, create_train_state, split_model,
 )
-from jax_transformer import GPT_ARGS, GPTConfig, export_torch_weights, load_torch_weights
-from nanogpt_jax.checkpoint import steps_on_disk
+from jax_transformer import (
+    GPTConfig, export_torch_weights, load_torch_weights, model_args as model_args_of,
+)
+from nanogpt_jax.checkpoint import quiet_orbax, steps_on_disk
 from nanogpt_jax.devices import select_devices
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.run_dir import data_dir_of, is_remote
@@ -29,6 +31,7 @@ from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import end_of_text, load_vocabulary, make_tokenizer
 
 sys.excepthook = report_user_error
+quiet_orbax()
 # -----------------------------------------------------------------------------
 src = '' # a ckpt.pt of nanoGPT, or the out_dir of a run of train_jax.py
 dst = '' # the path to write: an out_dir, a ckpt.pt, or a folder
@@ -85,10 +88,9 @@ def read_ckpt(path):
 
 def read_config(model_args):
     """The GPTConfig of a checkpoint's model_args. Raises UserError if they are incomplete."""
-    if not isinstance(model_args, dict) or set(GPT_ARGS) - model_args.keys() - {'dropout'}:
-        raise UserError(f'{src} lacks some of {", ".join(GPT_ARGS)} in its model_args: '
-                        f'{model_args}')
-    return GPTConfig(**{name: model_args[name] for name in GPT_ARGS if name in model_args})
+    if not isinstance(model_args, dict):
+        raise UserError(f'{src} has no dict of model_args, but {model_args!r}')
+    return GPTConfig.from_model_args(model_args)
 
 
 def read_weights(ckpt):
@@ -181,14 +183,15 @@ def nanogpt_to_run():
     ckpt = read_ckpt(src)
     config = read_config(ckpt['model_args'])
     state, has_moments = read_state(ckpt, config)
-    model_args = {name: getattr(config, name) for name in GPT_ARGS}
+    model_args = model_args_of(config)
     shape = {name: value for name, value in model_args.items() if name != 'vocab_size'}
     settings = {'always_save_checkpoint': True} | ckpt['config'] | shape
     vocabulary = vocabulary_of(config, data_dir_of(str(settings.get('dataset', ''))))
     iter_num = int(ckpt['iter_num'])
     with Checkpoints(dst) as checkpoints:
-        checkpoints.save(state, iter_num, float(ckpt['best_val_loss']), model_args, settings,
-                         vocabulary)
+        checkpoints.save(state, dict(
+            iter_num=iter_num, best_val_loss=float(ckpt['best_val_loss']), model_args=model_args,
+            config=settings, chars=vocabulary))
     print(f'{dst} has iteration {iter_num} of {src}, {"with" if has_moments else "without"} the '
           "optimizer's moments; resume with: "
           f'python train_jax.py --init_from=resume --out_dir={dst}')
@@ -202,8 +205,8 @@ def read_run():
     three by nanoGPT's names."""
     checkpoints = Checkpoints(src, read_only=True)
     _, meta, state = checkpoints.load(checkpoint, lambda meta: abstract_train_state(
-        GPTConfig(**meta['model_args']), TX, make_mesh(devices)))
-    config = GPTConfig(**meta['model_args'])
+        GPTConfig.from_model_args(meta['model_args']), TX, make_mesh(devices)))
+    config = GPTConfig.from_model_args(meta['model_args'])
 
     def is_adam(s):
         return isinstance(s, optax.ScaleByAdamState)

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jax_transformer import GPT, GPT_ARGS
+from jax_transformer import GPT, GPT_ARGS, training_loss
 from nanogpt_jax import run_dir
 from nanogpt_jax.checkpoint import Checkpoints as Checkpoints  # re-exported
 from nanogpt_jax.devices import on_host
@@ -27,7 +27,7 @@ from nanogpt_jax.errors import (
 )
 from nanogpt_jax.sharding import (
     batch_sharding, cast_kernels, gather_params, make_mesh, partition_specs, scan_blocks,
-    shard_batch, shardings, stack_blocks, unstack_blocks,
+    pop_blocks, shard_batch, shardings, stack_blocks, unstack_blocks,
 )
 
 # -----------------------------------------------------------------------------
@@ -308,12 +308,11 @@ def sharded_model(graphdef, params, specs):
 
     def make_model(params):
         model = nnx.merge(graphdef, unstack_blocks(params))
-        own, own_cast, spec = (tree['transformer'] for tree in (params, cast, specs))
-        nnx.update(model.transformer, {name: gather_params(own[name], own_cast[name], spec[name])
-                                       for name in own if name != 'h'})
+        (own, own_h), (own_cast, cast_h), (spec, spec_h) = map(pop_blocks, (params, cast, specs))
+        nnx.update(model, gather_params(own, own_cast, spec))
         return partial(model, run_blocks=partial(
-            scan_blocks, stacked=(own['h'], own_cast['h']),
-            gather=lambda shards: gather_params(*shards, spec['h'])))
+            scan_blocks, stacked=(own_h, cast_h),
+            gather=lambda shards: gather_params(*shards, spec_h)))
     return params, specs, make_model
 
 
@@ -348,7 +347,7 @@ def make_grad_fn(graphdef, mesh):
 
         def loss_fn(params, x, y, key):
             model = make_model(params)
-            _, loss = model(x, y, rngs=nnx.Rngs(dropout=key))
+            loss = training_loss(model, x, y, nnx.Rngs(dropout=key))
             return loss * scale, loss
 
         def micro_step(sums, batch):
@@ -512,7 +511,7 @@ def crop_state(state, block_size, mesh):
     return jax.jit(crop, out_shardings=shardings(jax.eval_shape(crop, state), mesh))(state)
 
 
-# always from the checkpoint: its weights have this shape. block_size can be cropped, dropout changed
+# always from the checkpoint, whose weights have this shape; block_size can be cropped
 MODEL_SHAPE = set(GPT_ARGS) - {'block_size', 'dropout'}
 # never from the checkpoint: they belong to the command and the machine
 NOT_RESUMED = ('init_from', 'out_dir', 'eval_only', 'device', 'attention', 'compilation_cache',

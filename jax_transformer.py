@@ -7,7 +7,7 @@ in nanogpt_jax/ops.py, sampling is in nanogpt_jax/sampling.py.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import jax
@@ -23,8 +23,9 @@ from nanogpt_jax.ops import (
 )
 from nanogpt_jax.sampling import stream_tokens
 
-# nanoGPT's model_args: the shape of a model, as checkpoints store it
-GPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+# what a changed model computes in another way, such as {'norm': 'rmsnorm'}: checkpoints store it,
+# and are read only by a model with the same
+VARIANT = {}
 
 
 @dataclass(frozen=True)  # frozen: nnx.split keeps it in the graphdef, which must be hashable
@@ -64,6 +65,33 @@ class GPTConfig:
             raise UserError('cuDNN attention needs bfloat16 or float16, and a head size that is a '
                             f'multiple of 8, not {self.dtype} and {head_size}; '
                             'use --attention=xla')
+
+    @classmethod
+    def from_model_args(cls, model_args, **how_computed):
+        """The config of a checkpoint's model_args; how_computed: dtype, attention, remat.
+
+        Raises UserError if the model_args are incomplete or of another model.
+        """
+        missing = sorted({'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size'}
+                         - model_args.keys())  # nanoGPT's checkpoints have these; others are newer
+        if missing:
+            raise UserError(f'the checkpoint lacks {", ".join(missing)} in its model_args: '
+                            f'{model_args}')
+        variant = {name: value for name, value in model_args.items() if name not in GPT_ARGS}
+        if variant != VARIANT:
+            raise UserError('the checkpoint was written by another model: its model_args have '
+                            f'{variant or "nothing"} where this one has {VARIANT or "nothing"}')
+        known = {name: value for name, value in model_args.items() if name in GPT_ARGS}
+        return cls(**known, **how_computed)
+
+
+# nanoGPT's model_args, the shape of a model: all fields but how it is computed
+GPT_ARGS = tuple(f.name for f in fields(GPTConfig) if f.name not in ('dtype', 'attention', 'remat'))
+
+
+def model_args(config):
+    """What a checkpoint stores of a GPTConfig."""
+    return {name: getattr(config, name) for name in GPT_ARGS} | VARIANT
 
 
 # -----------------------------------------------------------------------------
@@ -131,37 +159,42 @@ class CausalSelfAttention(nnx.Module):
         self.fused = {'cudnn': fused_attention, 'splash': splash_attention}.get(config.attention)
         self.on_tpu = config.attention == 'splash'
 
-    def qkv(self, x):
-        """Queries, keys and values of x (B, T, C): (B, T, nh, hs) each."""
-        B, T, C = x.shape
-        hs = C // self.n_head
-        return (a.reshape(B, T, self.n_head, hs) for a in jnp.split(self.c_attn(x), 3, axis=-1))
+    def split_heads(self, a):
+        """Queries, keys and values of a, (..., 3 * C): (..., nh, hs) each."""
+        return [part.reshape(*part.shape[:-1], self.n_head, -1)
+                for part in jnp.split(a, 3, axis=-1)]
 
-    def splash(self, x):
-        """The TPU's kernel with the matmuls before and after it, without dropout."""
+    def to_heads(self, x, splash=False):
+        """Queries, keys and values of x (B, T, C): (B, T, nh, hs) each; splash: for that kernel."""
+        if not splash:
+            return self.split_heads(self.c_attn(x))
         # with the weights reshaped instead of the activations a TPU computes these in the layout
         # of its kernel, and copies none of them, which takes 7% of a training step otherwise
-        C, nh = x.shape[-1], self.n_head
-        heads = [einsum('btc,cnh->btnh', x, w.reshape(C, nh, -1))  # (B, T, nh, hs)
-                 for w in jnp.split(self.c_attn.kernel[...], 3, axis=-1)]
+        heads = [einsum('btc,cnh->btnh', x, w) for w in self.split_heads(self.c_attn.kernel[...])]
         if self.c_attn.bias is not None:
-            bias = self.c_attn.bias[...].reshape(3, nh, -1).astype(x.dtype)
-            heads = [a + b for a, b in zip(heads, bias)]
-        y = einsum('btnh,nhc->btc', self.fused(*heads),
-                   self.c_proj.kernel[...].reshape(nh, -1, C))
+            biases = self.split_heads(self.c_attn.bias[...].astype(x.dtype))
+            heads = [a + b for a, b in zip(heads, biases)]
+        return heads
+
+    def from_heads(self, y, splash=False):
+        """The output (B, T, C), from the heads' y (B, T, nh, hs)."""
+        if not splash:
+            return self.c_proj(y.reshape(*y.shape[:2], -1))
+        nh, hs = y.shape[2:]  # as in to_heads
+        y = einsum('btnh,nhc->btc', y, self.c_proj.kernel[...].reshape(nh, hs, -1))
         return y if self.c_proj.bias is None else y + self.c_proj.bias[...].astype(y.dtype)
 
-    def __call__(self, x, rngs=None):
-        fused = self.fused and not self.attn_dropout.active  # the kernels have no dropout
-        if fused and self.on_tpu:
-            return self.resid_dropout(self.splash(x), rngs=rngs)
-        q, k, v = self.qkv(x)  # (B, T, nh, hs)
-        if fused:
+    def __call__(self, x, rngs=None, cache=None):
+        fused = self.fused and not (cache or self.attn_dropout.active)  # kernels have no dropout
+        splash = fused and self.on_tpu
+        q, k, v = self.to_heads(x, splash)  # (B, T, nh, hs)
+        if cache:
+            y = cache.attend(q, k, v)
+        elif fused:
             y = self.fused(q, k, v)
         else:
             y = causal_attention(q, k, v, partial(self.attn_dropout, rngs=rngs))
-        y = y.reshape(x.shape)  # (B, T, C)
-        return self.resid_dropout(self.c_proj(y), rngs=rngs)
+        return self.resid_dropout(self.from_heads(y, splash), rngs=rngs)
 
 
 class MLP(nnx.Module):
@@ -186,9 +219,10 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias, config.dtype)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, rngs=None):
+    def __call__(self, x, rngs=None, cache=None):
         with jax.named_scope('attn'):  # so that profiles read like the code
-            x = x + self.attn(self.ln_1(x), rngs)
+            y = self.attn(self.ln_1(x), rngs, cache)
+            x = x[:, -y.shape[1]:] + y  # all T positions, or the last alone: see sampling.py
         with jax.named_scope('mlp'):
             x = x + self.mlp(self.ln_2(x), rngs)
         return x
@@ -223,8 +257,12 @@ class GPT(nnx.Module):
         n_params = sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param)))
         return n_params - self.transformer.wpe.embedding.size if non_embedding else n_params
 
-    def hidden(self, idx, rngs=None, run_blocks=run_blocks):
-        """The transformer without its head: int (B, T) to (B, T, C) in the compute dtype."""
+    def hidden(self, idx, rngs=None, run_blocks=run_blocks, start=0, caches=None):
+        """The transformer without its head: int (B, T) to (B, T, C) in the compute dtype.
+
+        start: position of the first token. caches: what each block attends with in place of
+        causal attention within idx, as sampling.Cache; None for a block that has none.
+        """
         B, T = idx.shape
         if T > self.config.block_size:
             raise UserError(f'idx has {T} tokens, but the model sees at most block_size = '
@@ -233,14 +271,34 @@ class GPT(nnx.Module):
             raise UserError('dropout needs randomness in training mode: call '
                             'model(..., rngs=nnx.Rngs(dropout=key)), or model.eval() first')
         # embeddings and the residual stream are float32, as under torch's autocast
-        x = self.transformer.wte(idx) + self.transformer.wpe(jnp.arange(T))  # (B, T, C)
+        x = self.transformer.wte(idx) + self.transformer.wpe(start + jnp.arange(T))  # (B, T, C)
         x = self.transformer.drop(x, rngs=rngs)
-        x = run_blocks(self.transformer.h, x, rngs, self.config.remat)
+        if caches is None:
+            x = run_blocks(self.transformer.h, x, rngs, self.config.remat)
+        else:
+            for block, cache in zip(self.transformer.h, caches):
+                x = block(x, cache=cache)
         return self.transformer.ln_f(x)
 
-    def head(self, x):
-        """Logits (..., vocab_size) in the compute dtype, from hidden states (..., C)."""
-        return matmul(x, self.transformer.wte.embedding[...].T)
+    def empty_cache(self, B, length):
+        """[keys, values] of each block, all zero: (B, nh, length, hs) in the compute dtype."""
+        x = jax.ShapeDtypeStruct((B, length, self.config.n_embd), self.config.dtype)
+        cache = []
+        for block in self.transformer.h:
+            _, *kv = jax.eval_shape(block.attn.to_heads, x)  # (B, length, nh, hs)
+            cache.append([jnp.zeros((B, a.shape[2], length, a.shape[3]), a.dtype) for a in kv])
+        return cache
+
+    def head_kernel(self):
+        """The matrix of the head, (C, vocab_size), float32."""
+        return self.transformer.wte.embedding[...].T
+
+    def head(self, x, kernel=None):
+        """Logits (..., vocab_size) in the compute dtype, from hidden states (..., C).
+
+        kernel: a copy of head_kernel() to use instead, in the compute dtype.
+        """
+        return matmul(x, self.head_kernel() if kernel is None else kernel)
 
     def __call__(self, idx, targets=None, rngs=None, run_blocks=run_blocks):
         """Logits and loss of token ids idx, int (B, T).
@@ -284,7 +342,7 @@ class GPT(nnx.Module):
         if activation == 'gelu_new':
             print(f'{model_type_or_path} was trained with the tanh approximation of GELU; '
                   'the exact GELU is computed here, as in nanoGPT')
-        config = GPTConfig(**args | override_args, dtype=dtype)
+        config = GPTConfig.from_model_args(args | override_args, dtype=dtype)
         model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # shapes only, no weights
         load_torch_weights(model, pretrained.read_weights(folder))
         return model
@@ -310,6 +368,11 @@ class GPT(nnx.Module):
         """
         new = stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, key, n_vocab)
         return jnp.concatenate([jnp.asarray(idx), *new], axis=1)
+
+
+def training_loss(model, x, y, rngs):
+    """The float32 scalar that training minimizes, of token ids x and targets y, int (B, T)."""
+    return model(x, y, rngs=rngs)[1]
 
 
 # -----------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from flax import nnx
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 from jax_train_utils import Checkpoints, abstract_train_state, check_settings, split_model
 from jax_transformer import GPT, GPTConfig
+from nanogpt_jax.checkpoint import quiet_orbax
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
-from nanogpt_jax.launch import open_closed_streams
+from nanogpt_jax.launch import keep_stdout_for_samples
 from nanogpt_jax.sampling import (
     Continuation, check_sampling_memory, check_sampling_settings, stream_tokens,
 )
@@ -27,9 +28,9 @@ from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import get_tokenizer, read_prompt
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
-open_closed_streams()
 # standard output is for the samples; all else goes to standard error
-samples_out, sys.stdout = sys.stdout, sys.stderr
+samples_out = keep_stdout_for_samples()
+quiet_orbax()
 # -----------------------------------------------------------------------------
 init_from = 'resume' # 'resume' (a run's out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl',
                      # or a folder with GPT-2 weights
@@ -54,7 +55,6 @@ from configurator import configure
 config, given = configure(globals()) # all settings, and the names of those that were given
 # -----------------------------------------------------------------------------
 
-samples_out.reconfigure(errors='replace') # a terminal that lacks a character gets ? for it
 if interactive and 'num_samples' not in given:
     num_samples = 0
 if num_samples < 0 or num_samples == 0 and not interactive:
@@ -74,12 +74,12 @@ vocabulary = None # GPT-2's BPE
 if init_from == 'resume':
     checkpoints = Checkpoints(out_dir, read_only=True)
     def abstract_params(saved):
-        gptconf = GPTConfig(**saved['model_args'])
+        gptconf = GPTConfig.from_model_args(saved['model_args'])
         state = abstract_train_state(gptconf, optax.identity(), make_mesh(devices[:1]))
         return {'params': state['params']}
     step, saved, arrays = checkpoints.load(checkpoint, abstract_params)
     vocabulary = saved['chars']
-    gptconf = GPTConfig(**saved['model_args'], dtype=compute_type)
+    gptconf = GPTConfig.from_model_args(saved['model_args'], dtype=compute_type)
     model = nnx.merge(split_model(gptconf)[2], arrays['params'])
     newer = checkpoint == 'auto' and checkpoints.steps()[-1] > step
     print(f'sampling from iteration {step} of {out_dir}'
@@ -92,7 +92,6 @@ encode, make_decode, n_vocab = get_tokenizer(vocabulary) # ids from n_vocab on a
 if n_vocab > model.config.vocab_size:
     raise UserError(f'the tokenizer has {n_vocab} tokens, the model only '
                     f'{model.config.vocab_size}: it was trained with another tokenizer')
-n_texts, n_tokens, seconds = 0, 0, 0.0
 
 def say(text):
     print(text, end='', file=samples_out, flush=True)
@@ -112,9 +111,11 @@ def read_lines():
             yield line.strip('\r\n')
 
 def sample(prompt, key, first, n):
-    """Print n continuations of a prompt, numbered from first on; with --stream n is 1."""
-    global n_texts, n_tokens, seconds
-    t0 = time.time()
+    """Print n continuations of a prompt, numbered from first on; with --stream n is 1.
+
+    Returns (n, their tokens in all, seconds).
+    """
+    t0 = time.perf_counter()
     ids = np.array(encode(prompt), np.int32)
     check_sampling_memory(model.config, n, len(ids), max_new_tokens)
     idx = np.tile(ids, (n, 1)) # (n, T)
@@ -132,23 +133,24 @@ def sample(prompt, key, first, n):
     for text in texts:
         rest = text.close()
         say((rest if stream else prompt + text.text) + '\n---------------\n')
-    n_texts, seconds = n_texts + n, seconds + time.time() - t0
-    n_tokens += sum(text.n_tokens for text in texts)
+    return n, sum(text.n_tokens for text in texts), time.perf_counter() - t0
 
 key = jax.random.key(seed)
+done = [] # what sample returned
 if num_samples:
     prompt = read_prompt(start)
     for first in range(num_samples) if stream else [0]:
-        sample(prompt, key, first, 1 if stream else num_samples)
+        done.append(sample(prompt, key, first, 1 if stream else num_samples))
 refused = False
 if interactive and sys.stdin.isatty():
     print('the first continuation takes some seconds more: it is compiled')
 for number, prompt in enumerate(read_lines(), start=1) if interactive else ():
     try:
-        sample(prompt, jax.random.fold_in(key, number), 0, 1)
+        done.append(sample(prompt, jax.random.fold_in(key, number), 0, 1))
     except UserError as e: # the next prompt may be fine
         print(f'error: {e}')
         refused = True
+n_texts, n_tokens, seconds = map(sum, zip(*done, (0, 0, 0.0)))
 if n_tokens:
     print(f'{n_texts} sample{"s" * (n_texts != 1)}, {n_tokens:,} tokens in {seconds:.2f} s: '
           f'{n_tokens / seconds:.1f} tokens/s, compilation included')

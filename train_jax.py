@@ -20,8 +20,8 @@ import optax
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 import jax_train_utils as utils
-from jax_transformer import GPT_ARGS, GPTConfig
-from nanogpt_jax.checkpoint import should_save
+from jax_transformer import GPT_ARGS, GPTConfig, model_args
+from nanogpt_jax.checkpoint import quiet_orbax, should_save
 from nanogpt_jax.devices import (
     attention_path, compute_dtype, describe_peak, enable_compilation_cache, peak_flops,
     select_devices,
@@ -35,6 +35,7 @@ from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 keep_stdout_open()
+quiet_orbax()
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 (124M) on OpenWebText
 # files and logging
@@ -120,6 +121,8 @@ elif not eval_only and checkpoints.steps():
                     f'{checkpoints.steps()[-1]}): resume it with --init_from=resume, or choose '
                     'another --out_dir')
 utils.check_settings(config)
+if not eval_only:
+    checkpoints.check_free([*range(0, max_iters + 1, eval_interval), max_iters + 1])
 
 # how a global batch is split over the devices
 micro_batch_size = choose_micro_batch_size(batch_size, block_size, n_embd, devices[0].platform)
@@ -243,9 +246,8 @@ def save(val_loss=None):
     print(f'saving checkpoint to {out_dir}')
     if metrics_file:
         metrics_file.upload() # to a bucket; a folder has them already
-    model_args = {name: getattr(gptconf, name) for name in GPT_ARGS}
     checkpoints.save(state, dict(iter_num=iter_num, best_val_loss=best_val_loss, config=config,
-                                 model_args=model_args, chars=vocabulary), val_loss)
+                                 model_args=model_args(gptconf), chars=vocabulary), val_loss)
 
 # compile
 stop = StopRequest() # signals end the loop after its current iteration
@@ -275,7 +277,7 @@ with stop, checkpoints: # waits for the last save at the end
             if should_save(val_loss, best_val_loss, always_save_checkpoint):
                 best_val_loss = min(val_loss, best_val_loss)
                 if init_from == 'resume' and iter_num == first_iter: # saved already
-                    checkpoints.record_val_loss(iter_num, val_loss)
+                    checkpoints.record_val_loss(iter_num, val_loss, config)
                 elif iter_num > 0:
                     save(val_loss)
             now = time.perf_counter()

@@ -3,42 +3,72 @@ Checkpoints: out_dir/<iter_num>/ with the items params, optimizer (its state and
 meta (JSON, with a checksum of each array), written by Orbax in the background and renamed into
 place once complete (in a bucket: marked as complete). They hold arrays and JSON only, so reading
 one runs no code.
+
+A folder is a checkpoint of ours if its meta/metadata says so; no other is counted, renamed or
+deleted.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
-import hashlib
+import glob
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
 import zlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanogpt_jax import run_dir
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.run_dir import check_out_dir
-
-# orbax warns about every save without a metric, and logs at length what it raises as well; when one
-# of its reads fails, asyncio and Python complain that nobody waited for the others
-for logger in ('absl', 'asyncio'):
-    logging.getLogger(logger).setLevel(logging.CRITICAL)
-warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+from nanogpt_jax.run_dir import check_out_dir, join
 
 ARRAYS = 'params', 'optimizer'  # the items with arrays
-VAL_LOSS = 'val_loss.json'
+VAL_LOSS = 'val_loss.json'  # losses that were measured after the checkpoint was saved
+UNFINISHED = 'unfinished.json'  # names the folders that a save is writing or deleting
+MEASURE = 'dataset', 'block_size', 'batch_size', 'eval_iters'  # settings of an evaluation
+TRIAL = 'save-test'  # the folder of a checkpoint of a few bytes
 
 
-class DamagedError(UserError):
-    """A checkpoint cannot be read, or is not what was saved."""
+def should_save(val_loss, best_val_loss, always_save_checkpoint):
+    """Whether to save after an evaluation."""
+    return always_save_checkpoint or val_loss < best_val_loss
+
+
+def should_keep(iter_num, latest, best):
+    """Whether to keep a checkpoint once a later one is complete.
+
+    best: the iterations with the lowest validation loss, one for each way to measure it.
+    """
+    return iter_num == latest or iter_num in best
+
+
+def quiet_orbax():
+    """For scripts: hide what Orbax logs at length and raises as well.
+
+    When one of its reads or writes fails, those of its other threads complain in dozens of lines
+    that nobody waited for them.
+    """
+    for logger in ('absl', 'asyncio'):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+
+    def report(unraisable):
+        if not (asyncio.iscoroutine(unraisable.object)
+                or str(unraisable.exc_value) == 'Event loop is closed'):
+            sys.__unraisablehook__(unraisable)
+    sys.unraisablehook = report
 
 
 # -----------------------------------------------------------------------------
@@ -80,108 +110,226 @@ def unseal(values):
     return values
 
 
-def check_files(folder, item):
-    """Raise ValueError if a file of an item has another SHA-256 than checksums.json says.
-
-    Checkpoints have had that file until their arrays and their JSON got checksums of their own.
-    """
-    with run_dir.open_file(run_dir.join(folder, 'checksums.json')) as f:
-        expected = {path: digest for path, digest in json.load(f).items()
-                    if path.split(os.sep)[0] == item}
-    if not expected:
-        raise ValueError(f'its checksums.json names no files of {item}')
-    for path, digest in expected.items():
-        with open(os.path.join(folder, path), 'rb') as f:
-            if hashlib.file_digest(f, 'sha256').hexdigest() != digest:
-                raise ValueError(f'{path} is changed')
+def restore(folder, item, tree):
+    """An item's arrays. tree: of jax.ShapeDtypeStruct with shardings. Raises any error."""
+    return ocp.StandardCheckpointHandler().restore(
+        epath.Path(run_dir.absolute(folder)) / item, args=ocp.args.StandardRestore(tree))
 
 
 # -----------------------------------------------------------------------------
+# what a folder holds
 
-def hide_orbax_coroutines(unraisable):
-    """sys.unraisablehook that is silent about coroutines and closed event loops.
+class DamagedError(UserError):
+    """A checkpoint cannot be read, or is not what was saved."""
 
-    When one read or write of orbax's fails, those of its other threads print dozens of lines; the
-    failure itself is raised.
+
+class Loaded(NamedTuple):
+    step: int
+    meta: dict
+    state: Any
+
+
+def read_json(path):
+    """Raises OSError, and ValueError if the file is damaged."""
+    with run_dir.open_file(path, 'rb') as f:
+        text = f.read()
+    try:
+        return json.loads(text)
+    except RecursionError as e:
+        raise ValueError('its JSON is nested too deeply') from e
+
+
+def read_meta(folder):
+    """A checkpoint's meta: a dict, a DamagedError, or None if this project has not written it.
+
+    Raises OSError for what says nothing about its content.
     """
-    if not (asyncio.iscoroutine(unraisable.object)
-            or str(unraisable.exc_value) == 'Event loop is closed'):
-        sys.__unraisablehook__(unraisable)
+    try:
+        meta = read_json(join(folder, 'meta', 'metadata'))
+        return unseal(meta) if isinstance(meta, dict) and 'crc32' in meta else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as e:  # only the items' names are left to tell whose it is
+        ours = all(run_dir.is_dir(join(folder, item)) for item in ARRAYS)
+        return damaged(folder, e) if ours else None
+
+
+def numbered(out_dir):
+    """The names of iterations in a folder, ascending, whoever has written them."""
+    names = run_dir.listdir(out_dir) if run_dir.is_dir(out_dir) else []
+    return sorted((name for name in names if re.fullmatch('0|[1-9][0-9]*', name)), key=int)
+
+
+def find_checkpoints(out_dir):
+    """{iteration: its meta, or a DamagedError} of what this project wrote, ascending.
+
+    Raises UserError if it cannot be read.
+    """
+    try:
+        names = None
+        while names != (names := numbered(out_dir)):  # a run beside may replace one meanwhile
+            found = {int(name): read_meta(join(out_dir, name)) for name in names
+                     # no rename is atomic in a bucket: a marker is written last
+                     if not run_dir.is_remote(out_dir)
+                     or ocp.utils.is_checkpoint_finalized(join(out_dir, name))}
+    except OSError as e:
+        raise UserError(f'cannot read {e.filename or out_dir}: {e.strerror or e}') from e
+    return {step: meta for step, meta in found.items() if meta is not None}
+
+
+def read_val_losses(folder):
+    """What record_val_loss has written to a checkpoint: [[measure(config), val_loss], ...]."""
+    try:
+        return unseal(read_json(join(folder, VAL_LOSS)))['measured']
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):  # absent or damaged
+        return []
 
 
 def steps_on_disk(out_dir):
     """The iterations that a folder has checkpoints of, ascending, valid or not."""
-    if not run_dir.is_dir(out_dir):
-        return []
-    if run_dir.is_remote(out_dir):  # no rename is atomic there: a marker is written last
-        return sorted(int(name) for name in run_dir.listdir(out_dir) if name.isdecimal()
-                      and ocp.utils.is_checkpoint_finalized(run_dir.join(out_dir, name)))
-    return sorted(int(e.name) for e in os.scandir(out_dir) if e.name.isdecimal() and e.is_dir())
+    return [*find_checkpoints(out_dir)]
 
 
-def remove_unfinished(out_dir):
-    """Delete what a killed save has left in a bucket."""
-    # Orbax would take every folder without its marker for that: other data in the bucket too
-    if run_dir.is_dir(out_dir):
-        finished = steps_on_disk(out_dir)
-        for name in run_dir.listdir(out_dir):
-            if name.isdecimal() and int(name) not in finished:
-                run_dir.remove_tree(run_dir.join(out_dir, name))
+def measure(config):
+    """What a validation loss depends on beside the weights; only equal ones can be compared."""
+    return [str(config.get(name)) for name in MEASURE]
 
 
-class Manager(ocp.CheckpointManager):
-
-    def reached_preemption(self, step):
-        # the training loop asks this itself. Orbax's background thread would ask for the step of
-        # the last save, which sets JAX's step counter back; a preemption notice at that moment
-        # would name a step that has passed already
-        return False
+def names_and_shapes(tree):
+    """{name: shape} of a tree of arrays, or of Orbax's metadata of one."""
+    return {jax.tree_util.keystr(path, simple=True, separator='.'): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-class KeepLatestAndBest(PreservationPolicy):
+def saved_shapes(folder, item):
+    """{name: shape} of the arrays that an item of a checkpoint says it has. Raises any error."""
+    return names_and_shapes(ocp.StandardCheckpointHandler().metadata(
+        epath.Path(run_dir.absolute(folder)) / item).tree)
 
-    def __init__(self, find_best):
-        self.find_best = find_best
 
-    def should_preserve(self, checkpoints, *, context):
-        keep = {max(c.step for c in checkpoints), self.find_best()}
-        return [c.step in keep for c in checkpoints]
+def difference(saved, wanted):
+    """What two {name: shape} differ in, as text; '' if in nothing."""
+    def some(names):
+        names = [re.sub(r'\.(embedding|kernel|scale)$', '', name) for name in sorted(names)]
+        return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+    texts = []
+    if extra := saved.keys() - wanted.keys():
+        texts.append(f'it has {some(extra)}, this one has not')
+    if missing := wanted.keys() - saved.keys():
+        texts.append(f'it has no {some(missing)}')
+    texts += [f'its {some([name])} has the shape {saved[name]}, not {shape}'
+              for name, shape in wanted.items() if saved.get(name, shape) != shape]
+    return '; '.join(texts[:3])
 
+
+# -----------------------------------------------------------------------------
+# errors
+
+def one_line(error):
+    return ' '.join(str(error).split())
+
+
+def tail(error):
+    text = one_line(error)
+    return text if len(text) < 300 else '...' + text[-300:]  # the cause is at the end
+
+
+def damaged(folder, error):
+    return DamagedError(f'checkpoint {folder} is damaged: {type(error).__name__}: '
+                        + one_line(error)[:300])
+
+
+ABOUT_MEMORY = MemoryError, jax.errors.JaxRuntimeError  # the scripts have an advice for these
+
+# of the status that TensorStore's errors begin with; the others tell that files are not as written
+NOT_DAMAGE = ('UNKNOWN', 'PERMISSION_DENIED', 'UNAVAILABLE', 'RESOURCE_EXHAUSTED', 'INTERNAL',
+              'DEADLINE_EXCEEDED', 'UNAUTHENTICATED', 'ABORTED', 'CANCELLED')
+
+
+def is_damage(error):
+    """Whether an error tells that a checkpoint is not what was saved; permissions, I/O and memory
+    say nothing about that."""
+    while error:
+        if isinstance(error, (UserError, *ABOUT_MEMORY)) or (
+                isinstance(error, OSError)
+                and not isinstance(error, (FileNotFoundError, NotADirectoryError))):
+            return isinstance(error, DamagedError)
+        if str(error).partition(':')[0] in NOT_DAMAGE:
+            return False
+        error = error.__cause__ or error.__context__
+    return True
+
+
+def describe_failure(folder, error):
+    """'damaged' or 'stop', a space, and an error in words; '' for no error."""
+    if not error:
+        return ''
+    if is_damage(error):
+        return f'damaged {damaged(folder, error)}'
+    return f'stop {error}' if isinstance(error, UserError) else (
+        f'stop cannot read {folder}: {type(error).__name__}: {one_line(error)[:300]}')
+
+
+# -----------------------------------------------------------------------------
+# several processes
+
+def remove_if_there(path):
+    if run_dir.exists(path) and not os.path.islink(path):
+        run_dir.remove_tree(path)
+
+
+def from_process_0(read, *args):
+    """read(*args) of process 0, which JSON can hold, or its error, on all processes."""
+    if jax.process_count() == 1:
+        return read(*args)
+    answer, error = {}, None
+    if jax.process_index() == 0:
+        try:
+            answer = {'value': read(*args)}
+        except Exception as e:
+            answer, error = {'error': one_line(e)}, e
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    size = multihost_utils.broadcast_one_to_all(np.int32(text.size))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, int(size)))
+    answer = json.loads(text.tobytes())
+    if 'error' in answer:
+        raise error or UserError(answer['error'])
+    return answer['value']
+
+
+def from_all_processes(text):
+    """The texts of all processes, each cut after 1000 bytes."""
+    if jax.process_count() == 1:
+        return [text]
+    row = np.frombuffer(text.encode(errors='replace')[:1000].ljust(1000, b'\0'), np.uint8)
+    rows = multihost_utils.process_allgather(row)
+    return [row.tobytes().rstrip(b'\0').decode(errors='replace') for row in rows]
+
+
+# -----------------------------------------------------------------------------
 
 class Checkpoints:
-    """The checkpoints of a run. The latest and the best are kept.
+    """The checkpoints of a run. should_keep says which ones are kept.
 
-    As a context manager it waits for the save in the background at the end. read_only: for a reader
-    beside a run; raises UserError if there is no checkpoint. A writer removes what a killed save
-    has left.
+    As a context manager it waits for the save in the background at the end. A writer proves by a
+    few bytes that it can save, and removes what a killed save has left; all processes open it.
+    read_only: for a reader beside a run; raises UserError if there is no checkpoint.
     """
 
     def __init__(self, out_dir, read_only=False):
         check_out_dir(out_dir, must_exist=read_only)
-        self.out_dir = out_dir
+        self.out_dir, self.is_writer = out_dir, not read_only and jax.process_index() == 0
         self.blocked, self.saves = 0.0, 0  # seconds spent in save(), and number of calls
-        self.val_losses = {}
-        sys.unraisablehook = hide_orbax_coroutines
-        remote = run_dir.is_remote(out_dir)
-        if remote and not read_only and jax.process_index() == 0:
-            remove_unfinished(out_dir)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=KeepLatestAndBest(self.best), read_only=read_only,
-            cleanup_tmp_directories=not read_only and not remote)
-        # zstd takes most of a save's processor time, and makes it a few percent smaller
-        registry = ocp.handlers.create_default_handler_registry(
-            **{item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ARRAYS})
-        try:
-            with run_dir.reached(out_dir) if remote else contextlib.nullcontext():
-                self.manager = Manager(run_dir.absolute(out_dir), options=options,
-                                       handler_registry=registry)
-            if not read_only and not remote and not os.access(out_dir, os.W_OK | os.X_OK):
-                raise PermissionError('no permission')
-        except OSError as e:
-            raise UserError(f'cannot write to {out_dir}: {e}; choose another --out_dir') from e
+        self.damaged = {}  # {iteration: DamagedError}; they are renamed before the first save
+        self.saving = None  # the concurrent.futures.Future of a save, and its iteration
+        self.failed, self.orbax = set(), None
         if read_only and not self.steps():
-            raise UserError(f'no checkpoint in {out_dir}: train first, or give another --out_dir')
-        self.val_losses = {step: self._read_val_loss(step) for step in self.steps()}
+            other = ', '.join(numbered(out_dir)[:3])
+            raise UserError(f'no checkpoint in {out_dir}'
+                            + (f' (this project has not written its {other})' if other else '')
+                            + ': train first, or give another --out_dir')
+        if not read_only:
+            self._open_for_writing()
 
     def __enter__(self):
         return self
@@ -195,224 +343,336 @@ class Checkpoints:
         return steps_on_disk(self.out_dir)
 
     def folder(self, step):
-        return run_dir.join(self.out_dir, str(step))
-
-    def best(self):
-        """The iteration with the lowest validation loss, or None if none was evaluated."""
-        evaluated = [step for step, loss in self.val_losses.items() if loss is not None]
-        return min(evaluated, key=self.val_losses.get, default=None)
+        return join(self.out_dir, str(step))
 
     # -------------------------------------------------------------------------
     # writing
 
-    def save(self, state, iter_num, best_val_loss, model_args, config, vocabulary, val_loss=None):
-        """Save what nanoGPT's checkpoints hold; waits for checksums and the copy off the device.
-
-        vocabulary: of nanogpt_jax/tokenizer.py, saved under its old name chars. val_loss: the
-        validation loss at this iteration if it was evaluated; the checkpoint can then be the best.
-        Raises UserError if an earlier save has failed or a later checkpoint exists.
-        """
-        self.check()
-        t0, self.val_losses[iter_num] = time.time(), val_loss
-        arrays = split_items(state)
-        meta = dict(iter_num=iter_num, best_val_loss=best_val_loss, model_args=model_args,
-                    config=config, chars=vocabulary, val_loss=val_loss,
-                    checksums={item: checksums_of(tree) for item, tree in arrays.items()})
+    def _open_for_writing(self):
+        # orbax looks for what its processes have written by a glob of the whole path; without
+        # ocdbt nothing is to be found, and each array has files of its own
+        path = run_dir.absolute(self.out_dir)
+        # zstd takes most of a save's processor time, and makes it a few percent smaller
+        handler = ocp.PyTreeCheckpointHandler(
+            use_compression=False, use_ocdbt=glob.escape(str(path)) == str(path))
+        self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(
+            handler_registry=ocp.handlers.create_default_handler_registry(
+                **dict.fromkeys(ARRAYS, handler))))
+        self.background = concurrent.futures.ThreadPoolExecutor(1)
         try:
-            saved = self.manager.save(iter_num, args=ocp.args.Composite(
-                meta=ocp.args.JsonSave(seal(meta)),
-                **{item: ocp.args.PyTreeSave(tree) for item, tree in arrays.items()}))
+            if self.is_writer and not run_dir.is_remote(path):
+                os.makedirs(path, exist_ok=True)
+            self._remove_unfinished()
+            self._try_to_save()
+        except Exception as e:  # errors of the file system arrive as many types
+            if isinstance(e, (UserError, *ABOUT_MEMORY)):
+                raise
+            raise UserError(f'cannot save to {self.out_dir}: {tail(e)}; choose another '
+                            '--out_dir') from e
+        for name in numbered(self.out_dir) if self.is_writer else ():
+            if int(name) not in self.steps():
+                print(f'WARNING: {self.folder(name)} was not written by this project, and is left '
+                      'alone')
+
+    def _try_to_save(self):
+        """Save, read and delete a few bytes of each process."""
+        count = jax.process_count()
+        devices = [next(d for d in jax.devices() if d.process_index == i) for i in range(count)]
+        mesh, values = Mesh(np.array(devices), ('all',)), np.arange(count, dtype=np.int32)
+        split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (['all'], []))
+        array = jax.make_array_from_callback((count,), split, lambda index: values[index])
+        path = join(run_dir.absolute(self.out_dir), TRIAL)
+        self._note([TRIAL])
+        self._write(path, {'crc32': 0}, {'params': {'a': array}})
+        self.orbax.wait_until_finished()
+        restored = restore(path, 'params', {'a': jax.ShapeDtypeStruct(
+            (count,), np.int32, sharding=whole)})['a']
+        if read_json(join(path, 'meta', 'metadata')) != {'crc32': 0} or not np.array_equal(
+                restored.addressable_data(0), values):
+            raise OSError('what is read back is not what was written')
+        multihost_utils.sync_global_devices('all have read')
+        if self.is_writer:
+            run_dir.remove_tree(path)
+        self._note([])
+
+    def _note(self, names):
+        """Record which folders are being written or deleted, for _remove_unfinished."""
+        path = join(self.out_dir, UNFINISHED)
+        if self.is_writer and names:
+            with run_dir.open_file(path, 'w') as f:
+                json.dump([*map(str, names)], f)
+        elif self.is_writer:
+            run_dir.remove_tree(path)
+
+    def _remove_unfinished(self):
+        """Delete what a killed save has left."""
+        path = join(self.out_dir, UNFINISHED)
+        if not self.is_writer or not run_dir.exists(path):
+            return
+        names = []
+        with contextlib.suppress(ValueError):  # cut off by a crash
+            names = read_json(path)
+        complete = [*map(str, self.steps())]
+        for name in [TRIAL, *numbered(self.out_dir)]:
+            if name in names and name not in complete:
+                remove_if_there(self.folder(name))
+        for name in names:
+            if re.fullmatch(f'{TRIAL}|[0-9]+', str(name)):  # the file may come from elsewhere
+                remove_if_there(self.folder(name) + ocp.utils.TMP_DIR_SUFFIX)
+        self._note([])
+
+    def _write(self, path, meta, arrays):
+        self.orbax.save(path, args=ocp.args.Composite(
+            meta=ocp.args.JsonSave(meta),
+            **{item: ocp.args.PyTreeSave(tree) for item, tree in arrays.items()}))
+
+    def check_free(self, iterations):
+        """Raise UserError if something else has the name of an iteration's folder."""
+        mine = self.steps()
+        for name in numbered(self.out_dir):
+            if int(name) in iterations and int(name) not in mine:
+                raise UserError(f'iteration {name} could not be saved, since {self.folder(name)} '
+                                'was not written by this project: move it, or choose another '
+                                '--out_dir')
+
+    def save(self, state, meta, val_loss=None):
+        """Save a training state; waits for checksums and the copy off the device.
+
+        meta: iter_num, best_val_loss, model_args, config, chars (the vocabulary). val_loss: the
+        validation loss at this iteration, if evaluated; the checkpoint can then be the best. Raises
+        UserError if the save before has failed, or if this iteration or a later one is there.
+        """
+        self._finish()
+        t0, step = time.perf_counter(), meta['iter_num']
+        self._rename_damaged()
+        self.check_free([step])
+        if later := [s for s in self.steps() if s >= step and s not in self.damaged]:
+            raise UserError(f'{self.out_dir} already has checkpoint {later[-1]}, so {step} was not '
+                            'saved: choose another --out_dir')
+        arrays = split_items(state)
+        meta = seal(meta | dict(val_loss=val_loss, checksums={
+            item: checksums_of(tree) for item, tree in arrays.items()}))
+        shapes = {item: names_and_shapes(tree) for item, tree in arrays.items()}
+        try:
+            self._note([step])
+            self._write(run_dir.absolute(self.folder(step)), meta, arrays)
         except Exception as e:  # errors of the file system arrive as many types
             raise self._failed(e) from e
-        self.blocked, self.saves = self.blocked + time.time() - t0, self.saves + 1
-        if not saved:
-            raise UserError(f'{self.out_dir} already has checkpoint {self.steps()[-1]}, so '
-                            f'{iter_num} was not saved: choose another --out_dir')
+        self.saving = step, self.background.submit(self._complete, step, meta['crc32'], shapes)
+        self.blocked, self.saves = self.blocked + time.perf_counter() - t0, self.saves + 1
 
-    def record_val_loss(self, step, val_loss):
-        """Add the validation loss of a checkpoint that was saved without one."""
-        self.val_losses[step] = val_loss
-        if jax.process_index() == 0:
-            with run_dir.open_file(run_dir.join(self.folder(step), VAL_LOSS), 'w') as f:
-                json.dump(seal({'val_loss': val_loss}), f)
+    def _rename_damaged(self):
+        """Rename damaged checkpoints to damaged-<iter_num>-<time>: a later save may have their
+        number, and nothing is deleted that someone may want to look at."""
+        for step in [s for s in self.damaged if self.is_writer and s in self.steps()]:
+            run_dir.replace(self.folder(step),
+                            join(self.out_dir, f'damaged-{step}-{time.time_ns()}'))
 
-    def _read_val_loss(self, step):
-        """The validation loss of a checkpoint, or None: not evaluated, or damaged."""
-        path = run_dir.join(self.folder(step), VAL_LOSS)
-        try:
-            if not run_dir.exists(path):
-                return self.meta(step).get('val_loss')
-            with run_dir.open_file(path) as f:
-                val_loss = json.load(f)
-            # a bare number in checkpoints that have a checksums.json
-            return val_loss if isinstance(val_loss, float) else unseal(val_loss)['val_loss']
-        except Exception:  # orbax raises many types
-            return None
+    def _complete(self, step, crc32, shapes):
+        """In the background: wait for a save, read it back, and delete what is no longer kept."""
+        self.orbax.wait_until_finished()
+        if not self.is_writer:
+            return
+        meta = read_meta(self.folder(step))
+        if not isinstance(meta, dict) or seal(meta)['crc32'] != crc32:
+            raise OSError('meta is not what was written')
+        for item in shapes:
+            if text := difference(saved_shapes(self.folder(step), item), shapes[item]):
+                raise OSError(f'{item} is not what was written: {text}')
+        self._delete_old()
+
+    # orbax's own policies of retention take every folder with a number for a checkpoint, and delete
+    # before the new one was read back
+    def _delete_old(self):
+        metas = self._intact()
+        best = {step for _, step in self._best(metas).values()}
+        old = [step for step in metas if not should_keep(step, max(metas), best)
+               and not os.path.islink(self.folder(step))]
+        if old:
+            self._note(old)
+        for step in old:
+            # first what tells a reader that it is a checkpoint
+            run_dir.remove_tree(join(self.folder(step), 'meta', 'metadata'))
+            run_dir.remove_tree(self.folder(step))
+        self._note([])
+
+    def record_val_loss(self, step, val_loss, config):
+        """Add to a checkpoint a validation loss that was measured later, by a run with `config`."""
+        if self.is_writer:
+            folder, how = self.folder(step), measure(config)
+            others = [entry for entry in read_val_losses(folder) if entry[0] != how]
+            with run_dir.open_file(join(folder, VAL_LOSS), 'w') as f:
+                json.dump(seal({'measured': [*others, [how, val_loss]]}), f)
 
     def check(self):
-        """Raise UserError if a save in the background has failed."""
-        try:
-            self.manager.check_for_errors()
-        except Exception as e:
-            raise self._failed(e) from e
+        """Raise UserError if the save in the background has failed."""
+        if self.saving and self.saving[1].done():
+            self._finish()
 
     def close(self):
         """Wait for the save in the background. Raises UserError if it fails."""
+        self._finish()
+        if self.orbax:
+            self.background.shutdown()
+            self.orbax.close()
+
+    def _finish(self):
+        saving, self.saving = self.saving, None
         try:
-            self.manager.wait_until_finished()
-            self.manager.close()
+            if saving:
+                saving[1].result()
         except Exception as e:
+            self.failed.add(saving[0])
             raise self._failed(e) from e
 
     def _failed(self, error):
-        text = one_line(error)
-        text = text if len(text) < 300 else '...' + text[-300:]  # the cause is at the end
-        return UserError(f'saving to {self.out_dir} failed: {text}; {self.describe_valid()}')
+        return UserError(f'saving to {self.out_dir} failed: {tail(error)}; {self.describe_valid()}')
 
     def describe_valid(self):
         """Which checkpoint a failed run can be resumed from, as text; waits for the last save."""
-        with contextlib.suppress(Exception):  # check() and close() report it
-            self.manager.wait_until_finished()
-        try:
-            return f'checkpoint {self.latest_valid_step()} is complete and can be resumed from'
-        except UserError:
-            return 'no checkpoint was saved yet'
-
-    def quarantine_after(self, step):
-        """Rename checkpoints after `step` to damaged-<iter_num>-<time>.
-
-        Orbax saves none at or below an existing step.
-        """
-        for later in [s for s in self.val_losses if s > step]:
-            if jax.process_index() == 0:
-                name = f'damaged-{later}-{time.time_ns()}'
-                run_dir.replace(self.folder(later), run_dir.join(self.out_dir, name))
-            del self.val_losses[later]
-        multihost_utils.sync_global_devices('damaged checkpoints are renamed')
-        self.manager.reload()
+        if self.saving and self.saving[1].exception():  # check() and close() raise it
+            self.failed.add(self.saving[0])
+        with contextlib.suppress(UserError):
+            if valid := self._intact().keys() - self.failed:
+                return f'checkpoint {max(valid)} is complete and can be resumed from'
+        return 'no checkpoint was saved yet'
 
     # -------------------------------------------------------------------------
     # reading
 
-    def metas(self):
-        """({iteration: meta}, latest first, {iteration: DamagedError} of those without)."""
-        intact, damaged = {}, {}
-        for step in reversed(self.steps()):
-            try:
-                intact[step] = self.meta(step)
-            except Exception as e:  # of many types
-                damaged[step] = self._damaged(step, e)
-        return intact, damaged
+    def _intact(self):
+        """{iteration: meta} of those that are not known to be damaged, latest first; warns of new
+        ones that are."""
+        found = find_checkpoints(self.out_dir)
+        for step, meta in found.items():
+            if isinstance(meta, DamagedError) and step not in self.damaged:
+                self._give_up_on(step, meta)
+        return {step: found[step] for step in reversed(found) if step not in self.damaged}
 
-    def latest_valid_step(self):
-        """The latest iteration whose meta is intact; its arrays are checked when they are read.
+    def _give_up_on(self, step, error):
+        self.damaged[step] = error
+        print(f'WARNING: {error}; it is not used')
 
-        Raises UserError if there is none.
-        """
-        intact, damaged = self.metas()
-        return next(iter(intact)) if intact else self._give_up(damaged.values())
+    def _best(self, metas):
+        """{what it was measured with: (lowest validation loss, its iteration)}."""
+        best = {}
+        for step, meta in metas.items():
+            for how, val_loss in [[measure(meta['config']), meta['val_loss']],
+                                  *read_val_losses(self.folder(step))]:
+                if val_loss is not None and not np.isnan(val_loss):
+                    found = val_loss, step
+                    best[tuple(how)] = min(best.get(tuple(how), found), found)
+        return best
+
+    def best_val_loss(self, config):
+        """The lowest validation loss that was measured as config measures, else 1e9; on all
+        processes. A line tells if the latest checkpoint was measured otherwise."""
+        return from_process_0(self._best_val_loss, config)
+
+    def _best_val_loss(self, config):
+        metas, how = self._intact(), measure(config)
+        alike = [meta['best_val_loss'] for meta in metas.values() if measure(meta['config']) == how]
+        alike += [val_loss for key, (val_loss, _) in self._best(metas).items() if key == tuple(how)]
+        latest = measure(next(iter(metas.values()))['config']) if metas else how
+        if how != latest:
+            changed = ', '.join(name for name, *ab in zip(MEASURE, how, latest) if len({*ab}) > 1)
+            print(f'the latest validation loss was measured with another {changed}: the best '
+                  + ('is that of the checkpoints with this one' if alike else 'starts anew'))
+        return min([*alike, 1e9])
+
+    def latest_meta(self):
+        """(iteration, meta) of the latest checkpoint whose meta is intact, on all processes; its
+        arrays are checked when they are read. Raises UserError if there is none."""
+        return from_process_0(self._choose, 'latest')
 
     def candidates(self, checkpoint='auto'):
         """The iterations that 'latest', 'best', a number or 'auto' stands for, first choice first.
 
         auto is the best if the run saved improvements only (as nanoGPT's single file would be),
-        else the latest. Warns of those whose meta is damaged. Raises UserError for a checkpoint
-        that is absent.
+        else the latest. Raises UserError for a checkpoint that is absent or damaged.
         """
-        if checkpoint in map(str, self.steps()):
-            return [int(checkpoint)]
-        if checkpoint not in ('auto', 'latest', 'best'):
+        return self._candidates(checkpoint, self._intact())
+
+    def _candidates(self, checkpoint, metas):
+        known = sorted([*metas, *self.damaged])
+        if checkpoint not in ('auto', 'latest', 'best', *map(str, known)):
             raise UserError(f'no checkpoint {checkpoint!r} in {self.out_dir}: give auto, latest, '
-                            f'best, or one of {self.steps()}')
-        best, (intact, damaged) = self.best(), self.metas()
-        warn(*damaged.values())
+                            f'best, or one of {known}')
+        if not metas:
+            raise UserError(f'no checkpoint in {self.out_dir} is valid; start again with another '
+                            '--out_dir' if known else
+                            f'no checkpoint in {self.out_dir}: train first, or give another '
+                            '--out_dir')
+        latest = next(iter(metas.values()))['config']
+        best = self._best(metas).get(tuple(measure(latest)), (None, None))[1]
         if checkpoint == 'best' and best is None:
             raise UserError(f'no checkpoint in {self.out_dir} has a validation loss, so none is '
                             'the best; use --checkpoint=latest')
-        if checkpoint == 'best':
-            return [best]
-        latest = next(iter(intact.values()), None)
-        if checkpoint == 'auto' and latest and not latest['config']['always_save_checkpoint']:
-            return sorted(intact, key=lambda step: step != best)
-        return list(intact)
+        if checkpoint == 'auto' and not latest['always_save_checkpoint']:
+            return sorted(metas, key=lambda step: step != best)
+        if checkpoint in ('auto', 'latest'):
+            return [*metas]
+        step = best if checkpoint == 'best' else int(checkpoint)
+        if step in self.damaged:
+            raise UserError(f'{self.damaged[step]}; try --checkpoint=latest')
+        return [step]
+
+    def _choose(self, checkpoint):
+        """(iteration, meta) of the first candidate."""
+        metas = self._intact()
+        step = self._candidates(checkpoint, metas)[0]
+        return step, metas[step]
 
     def load(self, checkpoint, abstract_of):
-        """(iteration, meta, arrays) of the first of a checkpoint's candidates that is intact.
+        """The first of a checkpoint's candidates that is intact, as Loaded(step, meta, state), the
+        same on all processes.
 
         abstract_of: from meta to a training state as a tree of jax.ShapeDtypeStruct with shardings,
         or to its params only: {'params': ...}. The number of devices that wrote it does not matter.
-        Warns of damaged checkpoints. Raises UserError if none is intact.
+        Warns of damaged checkpoints. Raises UserError if none is intact, if it is of another model,
+        and for errors that say nothing about what was saved.
         """
-        for step in self.candidates(checkpoint):
-            try:
-                meta = self._read(step, self.meta)
-                abstract = split_items(abstract_of(meta))
-                arrays = self._read(step, self.restore, meta, abstract)
-                self._compare(step, meta, arrays)
-                return step, meta, {'params': arrays['params'], **arrays.get('optimizer', {})}
-            except DamagedError as e:
-                if checkpoint not in ('auto', 'latest'):
-                    raise UserError(f'{e}; try --checkpoint=latest') from e
-                warn(e)
-        self._give_up()
+        while True:
+            step, meta = from_process_0(self._choose, checkpoint)
+            arrays = self._read(step, meta, split_items(abstract_of(meta)))
+            if arrays:
+                state = {'params': arrays['params'], **arrays.get('optimizer', {})}
+                return Loaded(step, meta, state)
 
-    def _give_up(self, damaged=()):
-        warn(*damaged)
-        raise UserError(f'no checkpoint in {self.out_dir} is valid; '
-                        'start again with another --out_dir')
-
-    def _read(self, step, read, *args):
-        """read(step, *args). Raises DamagedError on all processes if it fails on one of them."""
+    # orbax's handlers are called without its checkpointer, whose restore() waits for all processes
+    # even if one of them has failed
+    def _read(self, step, meta, abstract):
+        """{item: arrays}; None if they are damaged, or if a run beside has replaced them."""
+        folder, arrays, error = self.folder(step), {}, None
         try:
-            result, damage = read(step, *args), None
-        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-            raise  # says nothing about the checkpoint
+            for item, tree in abstract.items():
+                self._compare_trees(folder, item, tree)
+                arrays[item] = restore(folder, item, tree)
         except Exception as e:  # of many types
-            result, damage = None, e
-        if not np.all(multihost_utils.process_allgather(np.array(damage is None))):
-            raise self._damaged(step, damage or OSError('another process cannot read it'))
-        return result
+            error = e
+        for failure in sorted(from_all_processes(describe_failure(folder, error)), reverse=True):
+            kind, _, text = failure.partition(' ')
+            if kind == 'stop':
+                raise error if isinstance(error, ABOUT_MEMORY) else UserError(text)
+            if kind == 'damaged':
+                if read_meta(folder):  # else a run beside has deleted it
+                    self._give_up_on(step, DamagedError(text))
+                return None
+        if changed := [item for item in arrays
+                       if checksums_of(arrays[item]) != meta['checksums'][item]]:
+            self._give_up_on(step, damaged(folder, ValueError(
+                f'its {" and ".join(changed)} are not what was saved')))
+            return None
+        return arrays
 
-    def _compare(self, step, meta, arrays):
-        for item in arrays if 'checksums' in meta else ():
-            if checksums_of(arrays[item]) != meta['checksums'][item]:
-                raise self._damaged(step, ValueError(f'its {item} are not what was saved'))
-
-    def _damaged(self, step, e):
-        return DamagedError(f'checkpoint {self.folder(step)} is damaged: {type(e).__name__}: '
-                            + one_line(e)[:300])
-
-    # the handlers are called without self.manager, whose restore() waits for all processes even if
-    # one of them has failed
-
-    def meta(self, step):
-        """The JSON part: iter_num, best_val_loss, model_args, config, chars. Raises any error."""
-        folder = self.manager.directory / str(step)
-        meta = ocp.JsonCheckpointHandler().restore(folder / 'meta')
-        if 'crc32' in meta:
-            return unseal(meta)
-        check_files(folder, 'meta')
-        return meta
-
-    def restore(self, step, meta, abstract):
-        """The items that abstract has; load checks their arrays. Raises any error."""
-        folder = self.manager.directory / str(step)
-        for item in abstract if 'checksums' not in meta else ():
-            check_files(folder, item)
-        return {item: ocp.StandardCheckpointHandler().restore(
-            folder / item, args=ocp.args.StandardRestore(tree)) for item, tree in abstract.items()}
+    def _compare_trees(self, folder, item, tree):
+        if text := difference(saved_shapes(folder, item), names_and_shapes(tree)):
+            other = 'model' if item == 'params' else 'optimizer'
+            raise UserError(f'{self.out_dir} was written by another {other}: {text}; use the code '
+                            'that wrote it, or start again with another --out_dir')
 
 
 def split_items(state):
     """A training state as the items of a checkpoint that hold arrays: parameters, and all else."""
     rest = {k: v for k, v in state.items() if k != 'params'}
     return {'params': state['params']} | ({'optimizer': rest} if rest else {})
-
-
-def one_line(error):
-    return ' '.join(str(error).split())
-
-
-def warn(*damaged):
-    for damage in damaged:
-        print(f'WARNING: {damage}; it is not used')

@@ -5,9 +5,9 @@ cache, and memory that malloc keeps.
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.util
-import math
 import os
 import platform as machine
 import re
@@ -91,46 +91,49 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device):
-    """The 16-bit peak of a device in FLOP/s; nan if it is not known, as for every CPU."""
+def table_peak(device):
+    """The 16-bit peak of a device in FLOP/s by PEAK_FLOPS, or None."""
     kind = device.device_kind.lower()
-    if re.search(r'\b(laptop|max-q|d|mig)\b', kind):  # slower ones, or a part of one
-        return math.nan
+    if re.search(r'\b(laptop|max-q|d|mig)\b', kind):  # laptop variants and MIG slices
+        return None
     names = [name for name in PEAK_FLOPS if re.search(rf'\b{name}\b', kind)]
-    return PEAK_FLOPS[max(names, key=len)] if names else math.nan
+    return PEAK_FLOPS[max(names, key=len)] if names else None
+
+
+def peak_flops(device):
+    """What a device's mfu is counted against, in FLOP/s: its 16-bit peak; on a CPU the float32
+    matmul rate measured here; an A100's peak, as in nanoGPT, if its own is not known."""
+    if device.device_kind == 'cpu':
+        return matmul_flops() / jax.local_device_count('cpu')  # they share the cores
+    return table_peak(device) or PEAK_FLOPS['a100']
 
 
 def describe_peak(device, n_devices=1):
     """A line that says what mfu is counted against."""
-    peak = peak_flops(device)
-    if math.isnan(peak):
-        return f'mfu is nan: no peak of a {device.device_kind} is known'
+    peak = peak_flops(device) / 1e12
+    if device.device_kind == 'cpu':
+        return (f'mfu is counted against {n_devices * peak:.2g} TFLOP/s, the float32 matmul rate '
+                'measured on this CPU')
     several = f'{n_devices} x ' if n_devices > 1 else ''
-    return (f'mfu is counted against {several}{peak / 1e12:g} TFLOP/s, the 16-bit peak of '
-            f'{device.device_kind}')
+    whose = (f'the 16-bit peak of {device.device_kind}' if table_peak(device)
+             else f'an A100: no peak of {device.device_kind} is known')
+    return f'mfu is counted against {several}{peak:g} TFLOP/s, {whose}'
 
 
-def describe_wait(device, flops, n_sequences, n_evaluated, grad_accum_steps):
-    """A line that says what an iteration takes on a CPU at least, if that is long; else ''.
-
-    flops: of an iteration, of n_sequences. n_evaluated: sequences of an evaluation.
-    grad_accum_steps: the setting, for advice.
-    """
-    if device.platform != 'cpu' or flops < 1e12:  # a second or so at most
+def describe_wait(device, flops):
+    """A line that says how long an iteration of so many FLOPs takes on a CPU, if that is long; else
+    ''."""
+    if device.platform != 'cpu':
         return ''
     seconds = flops / (matmul_flops() * jax.process_count())
-    if seconds < 10:
-        return ''
-    evaluation = seconds / 3 * n_evaluated / n_sequences  # the forward pass alone
-    times = [str(timedelta(seconds=round(s))) for s in (seconds, evaluation)]
-    return (f'on this CPU an iteration takes {times[0]} or more and an evaluation {times[1]} or '
-            'more, by the time of a matmul'
-            + ('; small data is meant to be trained with --gradient_accumulation_steps=1, and a '
-               'smaller --eval_iters is faster too' if grad_accum_steps > 1 else ''))
+    return '' if seconds < 10 else (
+        f'an iteration takes {timedelta(seconds=round(seconds))} or more on this CPU; for small '
+        'models set --gradient_accumulation_steps=1 and a smaller --eval_iters')
 
 
+@functools.cache
 def matmul_flops(n=1024):
-    """FLOP/s of a float32 matmul (n, n) @ (n, n), which a model does not reach as a whole."""
+    """FLOP/s of a float32 matmul (n, n) @ (n, n) on this CPU, which no model reaches as a whole."""
     a, dot, times = jnp.ones((n, n)), jax.jit(jnp.dot), []
     for _ in range(6):  # the first one with compilation
         t0 = time.perf_counter()

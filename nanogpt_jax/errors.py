@@ -2,12 +2,18 @@
 
 import importlib
 import os
+import re
 import sys
 
 process_label = ''  # ' in process 3' once start_processes has connected several processes
 
+# what JAX, Gloo, NCCL and gRPC say when another process has gone; the types of these errors differ
+LOST_CONNECTION = re.compile(
+    'gloo|nccl(remote|system)error|remote process exited|network error|coordination ?service'
+    '|heartbeat|barrier timed out|connection (reset|closed|refused)|socket closed', re.I)
 
-class UserError(ValueError):
+
+class UserError(Exception):
     """A mistake that the user can fix: the scripts print it as one line, without a traceback."""
 
 
@@ -44,19 +50,18 @@ def report_user_error(kind, error, traceback):
 
     One of several processes exits at once: a normal exit would wait for the others.
     """
-    text = ' '.join(str(error).split())
-    first_line = next(iter(str(error).splitlines()), 'no reason given')
+    text = ' '.join(str(error).split())  # a path may have line breaks
     if issubclass(kind, UserError):
-        line = ' '.join(str(error).splitlines())  # a path may have line breaks
-        print(f'error{process_label}: {line}', file=sys.stderr)
-    elif 'RESOURCE_EXHAUSTED' in text or issubclass(kind, MemoryError):
-        print(f'error{process_label}: out of memory ({first_line}). '
-              'Use a smaller --batch_size with a larger --gradient_accumulation_steps (the same '
-              'tokens per iteration), or --remat=True', file=sys.stderr)
-    elif process_label and kind.__name__ == 'JaxRuntimeError':
-        print(f'error{process_label}: lost the connection to the other processes, most likely '
-              f'because one of them has exited (...{text[-150:]}). Restart all of them with '
-              '--init_from=resume', file=sys.stderr)
+        report(' '.join(str(error).splitlines()))
+    elif issubclass(kind, MemoryError):
+        report(f'out of memory ({text or "no reason given"})')
+    elif kind.__name__ == 'JaxRuntimeError' and 'RESOURCE_EXHAUSTED' in text:
+        report(f'out of memory ({str(error).splitlines()[0]}). In training, use a smaller '
+               '--batch_size with a larger --gradient_accumulation_steps (the same tokens per '
+               'iteration), or --remat=True')
+    elif process_label and LOST_CONNECTION.search(text):
+        report('lost the connection to the other processes, most likely because one of them has '
+               f'exited (...{text[-150:]}). Restart all of them with --init_from=resume')
     elif issubclass(kind, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the flush at exit does not fail too
     elif not issubclass(kind, KeyboardInterrupt):
@@ -64,3 +69,7 @@ def report_user_error(kind, error, traceback):
     if process_label:
         sys.stderr.flush()
         os._exit(1)
+
+
+def report(line):
+    print(f'error{process_label}: {line}', file=sys.stderr)

@@ -2,14 +2,19 @@
 The processes of a run: which launcher started them, how they connect, and which of them prints.
 """
 
+import builtins
+import contextlib
 import errno
 import glob
 import http.client
 import importlib.util
+import io
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import urllib.request
 
 import jax
@@ -126,14 +131,9 @@ def has_tpu_workers():
 
 def worker_hostnames():
     """The hosts of a TPU slice as its environment names them, separated by commas, or None."""
-    path = os.environ.get('TPU_PROCESS_ADDRESSES_PATH')
-    if path:
-        try:
-            with open(path, encoding='utf-8') as f:
-                return f.read().strip()
-        except OSError as e:
-            raise UserError(f'TPU_PROCESS_ADDRESSES_PATH is {path!r}, which cannot be read: {e}'
-                            ) from e
+    if path := os.environ.get('TPU_PROCESS_ADDRESSES_PATH'):
+        with open(path, encoding='utf-8') as f:
+            return f.read().strip()
     return os.environ.get('TPU_PROCESS_ADDRESSES', os.environ.get('TPU_WORKER_HOSTNAMES'))
 
 
@@ -161,7 +161,7 @@ def start_processes(device, heartbeat_timeout):
     JAX itself finds SLURM, Open MPI and Cloud TPU. heartbeat_timeout: seconds without a sign of
     life after which a process counts as dead, which ends the others. Returns the index of this
     process. Raises UserError if a launcher's variable is missing, if JAX is in use already, and for
-    a timeout below one second.
+    a timeout below one second; ends the process if not all have come in that time.
     """
     if heartbeat_timeout < 1:
         raise UserError(f'heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second')
@@ -177,20 +177,55 @@ def start_processes(device, heartbeat_timeout):
             arguments['cluster_detection_method'] = 'deactivate'
     if not (count > 1 if launcher else on_tpu and has_tpu_workers()):
         return rank
-    if rank == 0 and 'coordinator_address' in arguments:
-        check_port(arguments['coordinator_address'])
+    address = arguments.get('coordinator_address')
+    if rank == 0 and address:
+        check_port(address)
+    processes = f'{count} processes' if launcher else "the TPU's processes"
+    processes += f' at {address}' if address else ''
+    print(f'waiting for {processes}', flush=True)
+    with one_line_timeout(heartbeat_timeout, rank, processes):
+        connect(arguments, heartbeat_timeout)
+    rank = rank if launcher else jax.process_index()
+    errors.process_label = f' in process {rank}'
+    silence_other_processes(rank)
+    return rank
+
+
+def connect(arguments, heartbeat_timeout):
+    """jax.distributed.initialize. Raises UserError if JAX is in use already."""
+    # its handler of SIGTERM would keep a run from being ended until training begins
+    jax.config.update('jax_enable_preemption_service', False)
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_timeout)
+        # waits longer than one_line_timeout, since it ends with SIGABRT and a stack of C++ calls
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_timeout,
+                                   initialization_timeout=heartbeat_timeout + 60)
     except RuntimeError as e:
         if 'must be called before' not in str(e):
             raise
         raise UserError('several processes must be connected before JAX is used, and this one has '
                         'used it already: start the script as a process of its own, not inside a '
                         'notebook') from e
-    rank = rank if launcher else jax.process_index()
-    errors.process_label = f' in process {rank}'
-    silence_other_processes(rank)
-    return rank
+
+
+@contextlib.contextmanager
+def one_line_timeout(seconds, rank, processes):
+    """A context that prints one line and ends the process if it takes longer; Ctrl-C ends it at
+    once."""
+    def give_up():
+        print(f'error in process {rank}: waited {seconds} s (--heartbeat_timeout) for {processes}, '
+              'and not all came: see what the others print, and whether all can reach that address',
+              file=sys.stderr, flush=True)
+        os._exit(1)
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    # Python's own handler would only run after the call into C++
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        timer.cancel()
 
 
 # -----------------------------------------------------------------------------
@@ -242,10 +277,27 @@ def open_closed_streams():
             setattr(sys, f'__{name}__', stream)
 
 
+def owns_stdout():
+    """Whether a script may change sys.stdout: in a notebook it outlives the script."""
+    return isinstance(sys.stdout, io.TextIOWrapper) and not hasattr(builtins, '__IPYTHON__')
+
+
 def keep_stdout_open():
     """Make printing survive a closed pipe, and print each line at once, to a pipe or a file too;
     of several processes only the first prints."""
     open_closed_streams()
     silence_other_processes(process_rank()[0])
-    sys.stdout.reconfigure(line_buffering=True)
-    sys.stdout = RobustStream(sys.stdout)
+    if owns_stdout():
+        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout = RobustStream(sys.stdout)
+
+
+def keep_stdout_for_samples():
+    """Returns standard output, for samples; what else is printed goes to standard error, except in
+    a notebook."""
+    open_closed_streams()
+    samples_out = sys.stdout
+    if owns_stdout():
+        samples_out.reconfigure(errors='replace')  # ? for a character that a terminal lacks
+        sys.stdout = sys.stderr
+    return samples_out

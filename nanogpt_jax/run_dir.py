@@ -1,19 +1,20 @@
 """
 A run's out_dir, on this machine or in a bucket (gs://, s3://): its paths, its lock, and its
-metrics.jsonl. Buckets are reached by fsspec, as Orbax reaches them.
+metrics.jsonl. Buckets are reached by etils.epath, as Orbax reaches them.
 """
 
-import atexit
 import contextlib
 import functools
 import json
 import math
 import os
-import pathlib
 import shutil
 import socket
+import stat
 import tempfile
 import time
+
+from etils import epath
 
 try:
     import fcntl
@@ -49,9 +50,6 @@ def data_dir_of(dataset):
     return dataset.rstrip('/') if is_remote(dataset) else os.path.join('data', dataset)
 
 
-# -----------------------------------------------------------------------------
-# buckets
-
 def filesystem(path):
     """(fsspec's file system, the path's name there) of a path in a bucket.
 
@@ -73,11 +71,14 @@ def filesystem(path):
 
 @contextlib.contextmanager
 def reached(path):
-    """fsspec's file system and a path's name there, for a with block whose errors become
-    UserErrors; but for FileNotFoundError."""
-    fs, name = filesystem(path)
+    """The epath.Path of a path, for a with block. In a bucket, its errors become UserErrors; but
+    for FileNotFoundError."""
+    if not is_remote(path):
+        yield epath.Path(path)
+        return
+    filesystem(path)
     try:
-        yield fs, name
+        yield epath.Path(path)
     except (FileNotFoundError, UserError):
         raise
     except Exception as e:  # of the network, of the bucket's owner, of credentials: many types
@@ -87,65 +88,63 @@ def reached(path):
 
 
 def exists(path):
-    if not is_remote(path):
-        return os.path.exists(path)
-    with reached(path) as (fs, name):
-        return fs.exists(name)
+    with reached(path) as p:
+        return p.exists()
 
 
 def is_dir(path):
     """In a bucket: whether there is anything below path."""
-    if not is_remote(path):
-        return os.path.isdir(path)
-    with reached(path) as (fs, name):
-        return fs.isdir(name)
+    with reached(path) as p:
+        return p.is_dir()
 
 
 def listdir(path):
-    if not is_remote(path):
-        return os.listdir(path)
-    with reached(path) as (fs, name):
-        names = (entry.rstrip('/').rpartition('/')[2] for entry in fs.ls(name, detail=False))
-        return [*names]
+    with reached(path) as p:
+        return [entry.name for entry in p.iterdir()]
+
+
+def replace(path, new_path):
+    with reached(path) as p:
+        p.replace(new_path)
+
+
+def remove_tree(path):
+    """Delete a file, or a folder with all that is in it."""
+    with reached(path) as p:
+        p.rmtree() if p.is_dir() else p.unlink()
 
 
 @contextlib.contextmanager
 def open_file(path, mode='r', errors=None):
-    """open(), text being UTF-8, as a context manager. What is written to a bucket is there at its
-    end."""
+    """open() of a regular file, text being UTF-8, as a context manager. What is written to a bucket
+    is there at its end."""
     kwargs = {} if 'b' in mode else {'encoding': 'utf-8', 'errors': errors}
     if not is_remote(path):
+        if 'r' in mode and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
+            raise OSError(f'{path} is not a file')
         with open(path, mode, **kwargs) as f:
             yield f
         return
-    with reached(path) as (fs, name), fs.open(name, mode, **kwargs) as f:
-        yield f
-
-
-def replace(path, new_path):
-    """os.replace; in a bucket, copies what is below path and then deletes it."""
-    if not is_remote(path):
-        os.replace(path, new_path)
-        return
-    with reached(path) as (fs, name):
-        fs.mv(name, filesystem(new_path)[1], recursive=fs.isdir(name))
-
-
-def remove_tree(path):
-    """Delete all that is below a path in a bucket."""
-    with reached(path) as (fs, name):
-        fs.rm(name, recursive=True)
+    with reached(path):
+        fs, name = filesystem(path)
+        with fs.open(name, mode, **kwargs) as f:
+            yield f
 
 
 # -----------------------------------------------------------------------------
 # reading parts of large files
 
 def file_size(path):
-    """Bytes of a file, None if there is no such file. In a bucket, as they were at first."""
-    if not is_remote(path):
-        return os.path.getsize(path) if os.path.isfile(path) else None
-    with contextlib.suppress(FileNotFoundError):
-        return remote_size(path)
+    """Bytes of a file, None if there is no such file. In a bucket: cached."""
+    try:
+        if is_remote(path):
+            return remote_size(path)
+        found = os.stat(path)
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e.strerror}') from e
 
 
 def file_version(path):
@@ -158,14 +157,16 @@ def file_version(path):
 
 @functools.cache  # it is asked for with every batch
 def remote_size(path):
-    with reached(path) as (fs, name):
+    with reached(path):
+        fs, name = filesystem(path)
         return fs.size(name)
 
 
 def read_ranges(path, starts, n_bytes):
     """n_bytes from each start on, one after the other, fewer at the end of the file: bytes."""
     if is_remote(path):
-        with reached(path) as (fs, name):  # all at the same time
+        with reached(path):
+            fs, name = filesystem(path)  # cat_ranges reads all at the same time
             return b''.join(fs.cat_ranges([name] * len(starts), starts,
                                           [start + n_bytes for start in starts], on_error='raise'))
     # read() instead of a memory map: a new map per batch costs more in page faults than reading,
@@ -182,97 +183,68 @@ def read_ranges(path, starts, n_bytes):
 # the lock
 
 LOCK = 'run.lock'
-held = []  # of this process: its lock, the lock's path, and the folders created for it
+held = []  # this process's locks, locked for as long as they are open
 
 
 def check_out_dir(out_dir, must_exist):
-    """Raise UserError for an out_dir that is no folder, or does not exist though it must."""
+    """Raise UserError for an out_dir that cannot be one, or does not exist though it must."""
     if not out_dir:
         raise UserError('out_dir is empty: give a folder, as in --out_dir=out_jax')
     if is_remote(out_dir) and scheme(out_dir) != 'gs':
         raise UserError(f'cannot use {out_dir} as out_dir: Orbax keeps checkpoints in folders and '
                         'in gs:// only; give a folder, and copy it when the run has ended')
-    if exists(out_dir) and not is_dir(out_dir):
+    if os.sep == '/' and '\\' in absolute(out_dir):
+        raise UserError(f'cannot use {absolute(out_dir)} as out_dir: TensorStore, which writes the '
+                        r'arrays, reads the \ in it as /; give a folder without one')
+    if is_dir(out_dir):
+        return
+    if os.path.islink(out_dir):
+        raise UserError(f'cannot use {out_dir} as out_dir: it is a link to {os.readlink(out_dir)}, '
+                        'which is not a folder; create that, or give another --out_dir')
+    if exists(out_dir):
         raise UserError(f'cannot use {out_dir} as out_dir, since it is a file and not a folder: '
                         'give another --out_dir')
-    if must_exist and not is_dir(out_dir):
+    if must_exist:
         raise UserError(f'{out_dir} does not exist, so there is no checkpoint: train first, '
                         'or give another --out_dir')
 
 
 def hold_out_dir(out_dir, resume=False):
-    """Keep out_dir for this process's run until release_out_dir, or the end of the process by
-    whatever signal.
+    """Keep out_dir for this process's run until the end of the process, by whatever signal.
 
     Creates out_dir unless resume. Raises UserError if it cannot be written, or if another run has
     it, with that run's host and process number.
     """
     check_out_dir(out_dir, must_exist=resume)
-    release_out_dir()
     if is_remote(out_dir):
-        check_writable(out_dir)
-        print(f'WARNING: {out_dir} cannot be locked, as it is in a bucket: take care that no other '
+        print(f'WARNING: {out_dir} cannot be locked, as it is in a bucket: make sure that no other '
               'run writes to it')
         return
-    path = pathlib.Path(out_dir).absolute()
     try:
-        new = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(path / LOCK, out_dir)
-        lock.truncate(0)
-        lock.write(f'process {os.getpid()} on {socket.gethostname()}')
-        lock.flush()
+        os.makedirs(out_dir, exist_ok=True)
+        lock = open(join(out_dir, LOCK), 'a+', encoding='utf-8')
     except OSError as e:
         raise UserError(f'cannot write to {out_dir}: {e}; choose another --out_dir') from e
-    held.append((lock, path / LOCK, new))
-    atexit.register(release_out_dir)
-
-
-def check_writable(out_dir):
-    """Raise UserError if nothing can be written to an out_dir in a bucket: now, not at the first
-    checkpoint."""
-    with open_file(join(out_dir, LOCK), 'w') as f:
-        f.write(f'process {os.getpid()} on {socket.gethostname()}')
-    remove_tree(join(out_dir, LOCK))
-
-
-def lock_file(path, out_dir):
-    """The file at path, open and locked by the operating system for as long as it is open.
-
-    Raises UserError if another process has it locked, and OSError.
-    """
-    while True:
-        lock = open(path, 'a+', encoding='utf-8')
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            lock.seek(0)
-            owner = lock.read() or 'another process'
-            raise UserError(f'another run is writing to {out_dir}: {owner}. Wait for it or stop '
-                            'it, or choose another --out_dir') from e
-        except OSError as e:  # a file system without locks
-            print(f'WARNING: {out_dir} cannot be locked ({e}): take care that no other run '
-                  'writes to it')
-            return lock
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                return lock
-        lock.close()  # its last owner has removed it since it was opened
+    held.append(lock)
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.seek(0)
+        owner = lock.read() or 'another process'
+        raise UserError(f'another run is writing to {out_dir}: {owner}. Wait for it or stop it, or '
+                        'choose another --out_dir') from e
+    except OSError as e:  # a file system without locks
+        print(f'WARNING: {out_dir} cannot be locked ({e}): make sure that no other run writes to '
+              'it')
+    lock.truncate(0)
+    print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, end='', flush=True)
 
 
 def release_out_dir():
-    """Let other runs use the out_dir that this process holds; removes the lock's file, and the
-    folders created for it if they are empty."""
+    """Let other runs use the out_dir that this process holds: for several runs in one process."""
     while held:
-        lock, path, new = held.pop()
-        with contextlib.suppress(OSError):
-            path.unlink()
-        lock.close()
-        with contextlib.suppress(OSError):  # from the first folder on that has files
-            for folder in new:
-                folder.rmdir()
-    atexit.unregister(release_out_dir)
+        held.pop().close()
 
 
 # -----------------------------------------------------------------------------

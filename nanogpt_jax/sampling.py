@@ -1,7 +1,7 @@
 """
-Sampling: the key/value cache, the decoding loops inside one compiled function each, and text as its
-tokens come. Within block_size a new token computes one position; past it nanoGPT's window slides,
-every position changes, and a token computes a full window.
+Sampling: the key/value cache, the decoding loops over the model's forward pass, inside one compiled
+function each, and text as its tokens come. Within block_size only the new token is computed; past
+it nanoGPT's window slides, every position changes, and each token computes a full window.
 """
 
 import codecs
@@ -55,31 +55,42 @@ def sample_token(logits, t, keys, temperature, top_k, top_p, n_vocab):
 
 
 # -----------------------------------------------------------------------------
-# forward passes
+# what blocks attend with
 
-def empty_cache(config, B, length):
-    """Zero keys and values for each block, (B, nh, length, hs), in the compute dtype."""
-    shape = B, config.n_head, length, config.n_embd // config.n_head
-    return [(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-            for _ in range(config.n_layer)]
+class Cache:
+    """Keys and values of one block, (B, nh, L, hs) each; those before position start are known."""
+
+    def __init__(self, k, v, start):
+        self.k, self.v, self.start = k, v, start
+
+    def attend(self, q, k, v):
+        """Causal attention of the T tokens from start on, whose keys and values are added.
+
+        All (B, T, nh, hs), as the result; k and v may have fewer heads, which divide q's.
+        """
+        self.k = write_cache(self.k, k.swapaxes(1, 2), self.start)
+        self.v = write_cache(self.v, v.swapaxes(1, 2), self.start)
+        positions = self.start + jnp.arange(q.shape[1])
+        mask = positions[:, None] >= jnp.arange(self.k.shape[2])
+        return jax.nn.dot_product_attention(q, self.k.swapaxes(1, 2), self.v.swapaxes(1, 2),
+                                            mask=mask[None, None])
+
+
+class LastPosition:
+    """In place of the last block's cache: the block computes the last position only."""
+
+    start = 0
+
+    def attend(self, q, k, v):
+        """Attention of the last token: (B, 1, nh, hs), from q, k and v of (B, T, nh, hs)."""
+        return jax.nn.dot_product_attention(q[:, -1:], k, v)
 
 
 def forward_with_cache(model, idx, start, cache):
-    """(hidden states (B, T, C), new cache) of tokens idx (B, T) at the positions from start on.
-
-    The cache holds the keys and values of all positions before start.
-    """
-    B, T = idx.shape
-    positions = start + jnp.arange(T)
-    mask = positions[:, None] >= jnp.arange(cache[0][0].shape[2])
-    x = model.transformer.wte(idx) + model.transformer.wpe(positions)  # (B, T, C)
-    new_cache = []
-    for block, (k_cache, v_cache) in zip(model.transformer.h, cache):
-        q, k, v = (a.swapaxes(1, 2) for a in block.attn.qkv(block.ln_1(x)))  # (B, nh, T, hs)
-        k_cache, v_cache = write_cache(k_cache, k, start), write_cache(v_cache, v, start)
-        x = finish_block(block, x, q, k_cache, v_cache, mask)
-        new_cache.append((k_cache, v_cache))
-    return model.transformer.ln_f(x), new_cache
+    """(hidden states (B, T, C), new cache) of tokens idx (B, T) at the positions from start on."""
+    caches = [Cache(k, v, start) for k, v in cache]
+    x = model.hidden(idx, start=start, caches=caches)
+    return x, [[c.k, c.v] for c in caches]
 
 
 def write_cache(cache, new, start):
@@ -96,41 +107,8 @@ def write_cache(cache, new, start):
         default=lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2))
 
 
-def finish_block(block, x, q, k, v, mask):
-    """A block's output for its input x (B, T, C), given its queries, keys and values.
-
-    q: (B, nh, T, hs); k, v: (B, nh, L, hs). mask: broadcasts to (T, L), True where a
-    query sees a key.
-    """
-    att = jnp.einsum('bnqh,bnkh->bnqk', q, k, preferred_element_type=jnp.float32)
-    att = jnp.where(mask, att * q.shape[-1] ** -0.5, -jnp.inf)
-    att = jax.nn.softmax(att, axis=-1).astype(v.dtype)
-    y = jnp.einsum('bnqk,bnkh->bnqh', att, v).swapaxes(1, 2).reshape(x.shape)
-    x = x + block.attn.c_proj(y)
-    return x + block.mlp(block.ln_2(x))
-
-
-def last_hidden(model, idx):
-    """Hidden states (B, C) of the last position of idx (B, T), without a cache.
-
-    The last block computes that position only.
-    """
-    positions = jnp.arange(idx.shape[1])
-    x = model.transformer.wte(idx) + model.transformer.wpe(positions)  # (B, T, C)
-    *blocks, last = model.transformer.h
-    for block in blocks:
-        x = block(x)
-    q, k, v = (a.swapaxes(1, 2) for a in last.attn.qkv(last.ln_1(x)))  # (B, nh, T, hs)
-    return model.transformer.ln_f(finish_block(last, x[:, -1:], q[:, :, -1:], k, v, True))[:, 0]
-
-
 # -----------------------------------------------------------------------------
 # decoding loops
-
-def output_logits(model, head, x):
-    """Logits (B, V) of hidden states x (B, C); head: as sampling_weights returns it."""
-    return model.head(x) if head is None else x @ head
-
 
 def write_token(tokens, token, t):
     return jax.lax.dynamic_update_index_in_dim(tokens, token, t, axis=1)
@@ -140,7 +118,7 @@ def write_token(tokens, token, t):
 def prefill(graphdef, params, tokens, bucket, length):
     """A cache of the given length, filled with the first `bucket` tokens (B, L) in one pass."""
     model = nnx.merge(graphdef, params)
-    cache = empty_cache(model.config, tokens.shape[0], length)
+    cache = model.empty_cache(tokens.shape[0], length)
     return forward_with_cache(model, tokens[:, :bucket], 0, cache)[1]
 
 
@@ -158,7 +136,7 @@ def decode(graphdef, params, head, tokens, cache, t, stop, keys, temperature, to
         tokens, cache = carry
         last = jax.lax.dynamic_slice_in_dim(tokens, t - 1, 1, axis=1)
         x, cache = forward_with_cache(model, last, t - 1, cache)
-        logits = output_logits(model, head, x[:, 0])
+        logits = model.head(x[:, 0], head)
         token = sample_token(logits, t, keys, temperature, top_k, top_p, n_vocab)
         return write_token(tokens, token, t), cache
     return jax.lax.fori_loop(t, stop, step, (tokens, cache))
@@ -170,10 +148,11 @@ def decode_sliding_window(graphdef, params, head, tokens, t, stop, keys, tempera
     """Sample tokens[:, t:stop] past block_size, each from the block_size tokens before it."""
     model = nnx.merge(graphdef, params)
     window = model.config.block_size
+    caches = [None] * (model.config.n_layer - 1) + [LastPosition()]
 
     def step(t, tokens):
-        x = last_hidden(model, jax.lax.dynamic_slice_in_dim(tokens, t - window, window, axis=1))
-        logits = output_logits(model, head, x)
+        idx = jax.lax.dynamic_slice_in_dim(tokens, t - window, window, axis=1)
+        logits = model.head(model.hidden(idx, caches=caches)[:, 0], head)
         token = sample_token(logits, t, keys, temperature, top_k, top_p, n_vocab)
         return write_token(tokens, token, t)
     return jax.lax.fori_loop(t, stop, step, tokens)
@@ -224,7 +203,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
                 cache_length, bucket = (bucket_size(n, MIN_BUCKET, block_size)
                                         for n in (end - 1, t - 1))
                 cache = (prefill(graphdef, params, tokens, bucket, cache_length) if t > 1 else
-                         empty_cache(model.config, B, cache_length))
+                         model.empty_cache(B, cache_length))
             tokens, cache = decode(graphdef, params, head, tokens, cache, t, stop, **how)
         else:
             tokens = decode_sliding_window(graphdef, params, head, tokens, t, stop, **how)
@@ -261,18 +240,18 @@ def sampling_weights(model):
     """(graphdef with dropout off, parameters with the kernels in the compute dtype, head).
 
     In 16 bits each token then reads half the bytes. head: the output layer's matrix (C, V) in
-    16 bits; None in float32, where it is wte's. The given model does not change.
+    16 bits; None in float32, where it is the model's. The given model does not change.
     """
     model = nnx.merge(*nnx.split(model))
     model.eval()
     graphdef, params = nnx.split(model, nnx.Param)
-    dtype, wte = model.config.dtype, model.transformer.wte.embedding[...]
+    dtype = model.config.dtype
 
     def convert(path, p):
         return p.astype(dtype) if path[-1].key == 'kernel' else p
-    # a copy of wte: the embeddings of tokens are summed in float32. Converted inside the loop, or
-    # in another layout, it would be read or copied in full for every token, or for every call
-    head = None if dtype == 'float32' else wte.astype(dtype).T
+    # a copy: the embeddings of tokens are summed in float32. Converted inside the loop, or in
+    # another layout, it would be read or copied in full for every token, or for every call
+    head = None if dtype == 'float32' else model.head_kernel().astype(dtype)
     return graphdef, jax.tree_util.tree_map_with_path(convert, nnx.to_pure_dict(params)), head
 
 

@@ -169,6 +169,13 @@ def unstack_blocks(params):
                                  for i in range(n_layer)})
 
 
+def pop_blocks(params):
+    """(params without the blocks, the blocks)."""
+    others = dict(params['transformer'])
+    h = others.pop('h')
+    return params | {'transformer': others}, h
+
+
 def _with_blocks(tree, h):
     return tree | {'transformer': tree['transformer'] | {'h': h}}
 

@@ -33,7 +33,8 @@ OPTIMIZED = {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'False'}
 # conftest.py restricts each of pytest-xdist's workers to one; processes that wait for each other
 # get all of them, as those that wait would keep the others from it
 ALL_CORES = [int(core) for core in os.environ.get('TESTS_CORES', '').split(',') if core]
-ITER = re.compile(r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (-?\d+\.\d{2})%$', re.M)
+ITER = re.compile(
+    r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (-?\d+\.\d{2})%$', re.M)
 STEP = re.compile(r'^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})$', re.M)
 
 

@@ -3,18 +3,14 @@
 import ast
 import difflib
 import glob
-import importlib.util
 import io
 import os
-import shutil
 import sys
 
-import numpy
 import pytest
 from helpers import ROOT
 
-import configurator
-from configurator import config_block, configure
+from configurator import config_block, configure, override
 from nanogpt_jax.errors import UserError
 
 
@@ -37,28 +33,6 @@ def test_a_string_may_contain_an_equals_sign_be_quoted_or_be_empty():
     assert configure(settings(), ['--out_dir='])[0]['out_dir'] == ''
 
 
-@pytest.mark.parametrize('number', ['nan', '-inf', 'Infinity', '1e400', '9' * 400, '9' * 5000])
-def test_nan_inf_and_what_no_float_can_hold_are_refused(number):
-    with pytest.raises(UserError, match='^learning_rate is .*: nan and inf are not allowed'):
-        configure(settings(), [f'--learning_rate={number}'])
-
-
-# the last has 6021 decimal digits, more than Python prints
-@pytest.mark.parametrize('number', [f'{2 ** 63}', f'{-2 ** 63 - 1}', '0x1' + 5000 * '0'])
-def test_ints_past_64_bits_are_refused(number):
-    with pytest.raises(UserError, match='^batch_size is .* must fit 64 bits'):
-        configure(settings(), [f'--batch_size={number}'])
-    assert configure(settings(), [f'--batch_size={2 ** 63 - 1}'])[0]['batch_size'] == 2 ** 63 - 1
-
-
-@pytest.mark.parametrize('text', [r'"a\0b"', r'"\ud800"'])
-def test_a_string_that_no_path_can_be_is_refused(text):
-    with pytest.raises(UserError, match='^out_dir is .*NUL or half a surrogate pair'):
-        configure(settings(), [f'--out_dir={text}'])
-    # but a file name that is not UTF-8 is one
-    assert configure(settings(), ['--out_dir=caf\udce9'])[0]['out_dir'] == 'caf\udce9'
-
-
 def test_a_flag_without_a_value_means_true_where_true_or_false_is_expected(tmp_path):
     config, given = configure(settings(), ['--bias', '--batch_size=3'])
     assert config['bias'] is True and given == {'bias', 'batch_size'}
@@ -75,19 +49,31 @@ def test_a_character_that_the_terminal_lacks_is_printed_as_a_question_mark(tmp_p
     assert b'batch_size = 3 # ?' in terminal.buffer.getvalue()
 
 
-def test_help_has_the_docstring_even_if_python_has_dropped_it(monkeypatch):
-    # as python -OO does
-    printed = io.StringIO()
-    monkeypatch.setattr(sys, '__stdout__', printed)
+def test_help_has_the_docstring_even_if_python_has_dropped_it(monkeypatch, capsys):
+    script = {'__doc__': None, '__file__': os.path.join(ROOT, 'train_jax.py')}  # python -OO
     with pytest.raises(SystemExit):
-        configure({'__doc__': None, '__file__': os.path.join(ROOT, 'train_jax.py')}, ['--help'])
-    assert printed.getvalue().startswith('Train a GPT on every device')
-    assert 'batch_size = 12 #' in printed.getvalue()
+        configure(script, ['--help'])
+    printed = capsys.readouterr().out
+    assert printed.startswith('Train a GPT on every device') and 'batch_size = 12 #' in printed
+    # sample_jax.py prints to standard error: its help stays on standard output
+    monkeypatch.setattr(sys, '__stdout__', io.StringIO())
+    monkeypatch.setattr(sys, 'stdout', sys.stderr)
+    with pytest.raises(SystemExit):
+        configure(script, ['--help'])
+    assert sys.__stdout__.getvalue() == printed
 
 
 def test_given_names_what_was_set_even_to_its_default():
     assert configure(settings(), ['--batch_size=12'])[1] == {'batch_size'}
     assert configure(settings(), [])[1] == set()
+
+
+def test_override_sets_the_settings_of_a_script_from_a_dict():
+    script = settings()
+    override(script, {'batch_size': 3, 'learning_rate': 1, 'module': 2, 'other': 4})
+    assert script == settings() | {'batch_size': 3, 'learning_rate': 1.0}
+    with pytest.raises(UserError, match="batch_size expects int, got 'x'"):
+        override(script, {'batch_size': 'x'})
 
 
 # -----------------------------------------------------------------------------
@@ -126,12 +112,11 @@ def test_a_config_file_can_change_nothing_but_settings(tmp_path):
     assert script == before | {'batch_size': 3}
 
 
-@pytest.mark.parametrize('content', ['\ufeffbatch_size = 3', 'batch_size = numpy.int64(3)',
-                                     'batch_size: int = 3', 'batch_size = 3e0',
-                                     'globals().update(batch_size=3)'])
+@pytest.mark.parametrize('content', ['\ufeffbatch_size = 3', 'batch_size: int = 3',
+                                     'batch_size = 3e0', 'globals().update(batch_size=3)'])
 def test_a_config_file_may_have_a_byte_order_mark_and_set_in_any_way(tmp_path, content):
     (tmp_path / 'c.py').write_text(content, encoding='utf-8')
-    config, given = configure(settings() | {'numpy': numpy}, [str(tmp_path / 'c.py')])
+    config, given = configure(settings(), [str(tmp_path / 'c.py')])
     assert config['batch_size'] == 3 and type(config['batch_size']) is int
     assert given == {'batch_size'}
 
@@ -143,10 +128,8 @@ def test_ctrl_c_in_a_config_file_stays_ctrl_c(tmp_path):
 
 
 @pytest.mark.parametrize('content, words', [
-    ('x = 1'.encode('utf-16'), ['not UTF-8']),
-    (b'x = 1 # caf\xe9', ['not UTF-8']),
-    (bytes(2 ** 20), ['no config file', '1,048,576 characters']),
-])
+    (b'x = 1 # caf\xe9', ['not UTF-8']), (bytes(99), ['null bytes']),
+    (b'#' * (2 ** 20 + 1), ['not a config file', '1,048,576 bytes'])])
 def test_what_is_no_config_file_is_refused_before_it_is_printed(tmp_path, capsys, content, words):
     (tmp_path / 'train.bin').write_bytes(content)
     with pytest.raises(UserError) as e:
@@ -155,21 +138,19 @@ def test_what_is_no_config_file_is_refused_before_it_is_printed(tmp_path, capsys
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize('path', ['', 'a\0b.py', '/', 'a' * 5000])
-def test_a_path_that_cannot_be_opened_is_a_user_error(path):
-    with pytest.raises(UserError, match='^cannot read the config file'):
-        configure(settings(), [path])
+def test_a_config_file_that_is_not_a_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / 'c.py')  # would be waited for
+    for path in (tmp_path / 'c.py', tmp_path, '', 'a\0b.py', 'a' * 5000, 'absent.py'):
+        with pytest.raises(UserError, match='^the config file .*does not exist, or is not a file'):
+            configure(settings(), [str(path)])
 
 
 def test_a_name_in_a_config_file_that_is_nearly_a_setting_is_a_warning(tmp_path, capsys):
     path = tmp_path / 'mine.py'
     path.write_text('bach_size = 5\n')
     assert configure(settings(), [str(path)])[1] == set()
-    warning = f'WARNING: {path} sets bach_size, which is no setting; did you mean batch_size?'
+    warning = f'WARNING: {path} sets bach_size, which is not a setting; did you mean batch_size?'
     assert warning in capsys.readouterr().out.splitlines()
-
-
-def test_other_names_in_a_config_file_are_no_warning(tmp_path, capsys):
     # settings of train_jax.py and of sample_jax.py, and names of the file's own
     (tmp_path / 'c.py').write_text('max_iters = 5\nnum_samples = 2\ntokens = 7\n_hidden = 8\n')
     assert configure(settings(), [str(tmp_path / 'c.py')])[1] == set()
@@ -199,33 +180,15 @@ def test_no_setting_of_one_script_is_nearly_one_of_another():
     assert not near
 
 
-def test_a_script_beside_it_without_settings_does_not_matter(tmp_path, capsys):
-    shutil.copy(configurator.__file__, tmp_path / 'configurator.py')
-    (tmp_path / 'x_jax.py').write_text('print(1)\n')
-    (tmp_path / 'c.py').write_text('max_iters = 5\n')
-    spec = importlib.util.spec_from_file_location('copied', tmp_path / 'configurator.py')
-    copied = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copied)
-    assert copied.configure(settings(), [str(tmp_path / 'c.py'), '--batch_size=3'])[1] == {
-        'batch_size'}
-    assert 'WARNING' not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize('source, words', [
     ('batch_size = "3"', ["batch_size expects int, got '3' (str)"]),
     ('a = 1\nb = a +', ['line 2', 'SyntaxError']),
     ('a = 1\n\nb = c', ['line 3', 'NameError', "'c'"]),
     ('a = 1\nraise SystemExit', ['line 2', 'SystemExit']),
-    ('class E(BaseException):\n    def __str__(self):\n        return 1 / 0\nraise E', ['line 4']),
-    ('\0', ['null bytes']),
-    ('del batch_size', ['deletes batch_size']),
+    ('del batch_size', ['batch_size expects int, got None']),
     ('import math as learning_rate', ['learning_rate expects float', '(module)']),
-    ('def out_dir(): pass', ['out_dir expects str', '(function)']),
-    ('globals()["batch_size"] = None', ['batch_size expects int, got None']),
     ('batch_size = 10 ** 5000', ['batch_size', '64 bits']),
-    ('learning_rate = 10 ** 400', ['learning_rate is inf']),
-    ('batch_size = [10 ** 5000]', ['batch_size expects int', '(list)']),
-    ('out_dir = "a\\0b"', ['out_dir', 'NUL']),
+    ('learning_rate = 1e400', ['learning_rate is inf']),
 ])
 def test_an_error_in_a_config_file_names_its_line_or_setting(tmp_path, source, words):
     path = tmp_path / 'c.py'
@@ -245,7 +208,10 @@ def test_an_error_in_a_config_file_names_its_line_or_setting(tmp_path, source, w
     ('--module=3', ['unknown flag --module']),
     ('--batch_size=True', ['batch_size expects int, got True (bool)']),
     ('--learning_rate=fast', ["learning_rate expects float, got 'fast' (str)"]),
-    ('--batch_size=' + '9' * 400 + '.0', ['inf (float)']),
+    ('--learning_rate=nan', ["learning_rate expects float, got 'nan' (str)"]),
+    ('--learning_rate=1e400', ['learning_rate is inf: nan and inf are not allowed']),
+    (f'--batch_size={2 ** 63}', ['batch_size must fit 64 bits']),
+    ('--learning_rate=0x1' + 5000 * '0', ['learning_rate must fit 64 bits']),
     ('--batch_size=' + '(' * 9999, ["got '(((", '...']),
     ('--batch_size', ['--key=value']),
     ('--batch-size=3', ['did you mean --batch_size?']),

@@ -1,13 +1,22 @@
-"""How the processes of a run find each other: by a launcher's variables, or on a Cloud TPU."""
+"""How the processes of a run find each other, by a launcher's variables or on a Cloud TPU; how they
+stop, what they print, and what they say about each other."""
 
+import builtins
 import glob
 import importlib.util
+import io
 import os
+import signal
 import socket
+import sys
+import textwrap
+import threading
 
 import jax
 import pytest
-from helpers import TINY, one_line_error, run_inside
+from helpers import (
+    ROOT, TINY, finish, one_line_error, run, run_inside, start, start_processes,
+)
 
 from nanogpt_jax import errors, launch
 
@@ -16,7 +25,11 @@ from nanogpt_jax import errors, launch
 def initialized(monkeypatch):
     """The arguments of the calls of jax.distributed.initialize, which does nothing else here."""
     calls = []
-    monkeypatch.setattr(jax.distributed, 'initialize', lambda **kwargs: calls.append(kwargs))
+
+    def initialize(**kwargs):
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # Ctrl-C ends the wait
+        calls.append({name: value for name, value in kwargs.items() if 'timeout' not in name})
+    monkeypatch.setattr(jax.distributed, 'initialize', initialize)
     monkeypatch.setattr(launch, 'silence_other_processes', lambda rank: None)
     monkeypatch.setattr(errors, 'process_label', '')
     return calls
@@ -36,12 +49,9 @@ def use(monkeypatch, env):
 # launchers
 
 @pytest.mark.parametrize('env, words', [
-    ({'JAX_NUM_PROCESSES': 'two', 'JAX_PROCESS_ID': '0'}, ["'two'"]),
     ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '2'}, ["'2'", 'index of this one, from 0']),
-    ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0'}, ['JAX_COORDINATOR_ADDRESS', "''"]),
     ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0', 'JAX_COORDINATOR_ADDRESS': 'node1'},
      ["'node1'", 'node1:1234']),
-    ({'WORLD_SIZE': '2', 'RANK': '2'}, ["WORLD_SIZE is '2'", "RANK is '2'"]),
     ({'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'node1'},
      ['MASTER_PORT', "''", 'torchrun', 'JAX_README.md'])])
 def test_wrong_process_variables_are_refused(folder, env, words):
@@ -63,8 +73,8 @@ def test_torchruns_processes_become_one_run(monkeypatch, initialized, env, addre
     assert launch.start_processes('auto', 100) == 9
     assert initialized == [dict(
         coordinator_address=address, num_processes=16, process_id=9,
-        local_device_ids=local_device_ids, cluster_detection_method='deactivate',
-        heartbeat_timeout_seconds=100)]
+        local_device_ids=local_device_ids, cluster_detection_method='deactivate')]
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert errors.process_label == ' in process 9'
 
 
@@ -88,6 +98,18 @@ def test_processes_cannot_be_connected_once_jax_is_in_use(folder):
     one_line_error(run_inside(folder, 'train_jax.py', *TINY, **env),
                    'before JAX is used', 'not inside a notebook')
     assert not (folder / 'out_jax').exists()
+
+
+@pytest.mark.parametrize('rank', ['0', '1'])
+def test_a_missing_process_is_waited_for_as_long_as_told_and_named_in_one_line(folder, rank):
+    processes = f'2 processes at localhost:2987{rank}'
+    result = run(folder, 'train_jax.py', *TINY, '--heartbeat_timeout=2', JAX_PROCESS_ID=rank,
+                 JAX_NUM_PROCESSES='2', JAX_COORDINATOR_ADDRESS=processes.split()[-1])
+    assert result.returncode == 1, result.stderr
+    line, = result.stderr.splitlines()
+    assert line.startswith(f'error in process {rank}: waited 2 s (--heartbeat_timeout) for '
+                           f'{processes}, and not all came')
+    assert (f'waiting for {processes}\n' in result.stdout) == (rank == '0')
 
 
 # -----------------------------------------------------------------------------
@@ -120,14 +142,12 @@ def test_a_tpu_is_initialized_as_several_only_with_several_workers(
     monkeypatch.setattr(launch, 'has_tpu', lambda device: True)
     monkeypatch.setattr(launch, 'gce_metadata', lambda key: metadata.get(key, ''))
     assert launch.start_processes('auto', 100) == 0
-    assert initialized == [dict(heartbeat_timeout_seconds=100)] * several
+    assert initialized == [{}] * several
 
 
 def test_the_workers_of_a_tpu_are_read_from_a_file(monkeypatch, tmp_path):
     path = tmp_path / 'addresses'
     use(monkeypatch, {'TPU_PROCESS_ADDRESSES_PATH': str(path), 'TPU_PROCESS_ADDRESSES': 'a,b'})
-    with pytest.raises(errors.UserError, match='TPU_PROCESS_ADDRESSES_PATH'):
-        launch.has_tpu_workers()
     path.write_text('a:8476\n')
     assert not launch.has_tpu_workers()
 
@@ -148,3 +168,99 @@ def test_a_tpu_is_recognized_by_its_chips(monkeypatch, device, nodes, want):
     monkeypatch.setattr(glob, 'glob', lambda pattern: fnmatch.filter(nodes, pattern))
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name == 'libtpu')
     assert launch.has_tpu(device) is want
+
+
+# -----------------------------------------------------------------------------
+# stopping
+
+COMPUTES_FOR_EVER = """
+import sys
+import jax
+from nanogpt_jax.launch import start_processes
+from nanogpt_jax.signals import StopRequest
+start_processes('cpu', 100)
+stop = StopRequest()
+for_ever = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: -x, x))
+for_ever = for_ever.lower(1).compile()
+print('ready', file=sys.stderr, flush=True)
+jax.block_until_ready(for_ever(1))
+"""
+
+
+def test_the_first_process_announces_a_signal_to_another_and_a_second_one_ends_each_at_once():
+    started = start_processes(ROOT, 2, command=[sys.executable, '-c', COMPUTES_FOR_EVER])
+    kill = threading.Timer(60, lambda: [process.kill() for process in started])
+    kill.start()
+    for process in started:
+        while process.stderr.readline() != 'ready\n':  # a file, which grows
+            assert kill.is_alive()
+    started[1].send_signal(signal.SIGTERM)
+    assert started[0].stdout.readline().startswith('waiting for 2 processes')
+    assert started[0].stdout.readline() == (
+        'SIGTERM: stopping after this step; press again to stop now, without saving\n')
+    started[1].send_signal(signal.SIGTERM)
+    assert finish(started[1]).returncode == 128 + signal.SIGTERM
+    for signum in (signal.SIGINT, signal.SIGTERM):  # the kernel merges two of a kind
+        started[0].send_signal(signum)
+    assert finish(started[0]).returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    kill.cancel()
+
+
+# -----------------------------------------------------------------------------
+# what is printed
+
+GLOO = 'UNKNOWN: Gloo AllGather failed: pair.cc:547] Connection closed by peer [10.0.0.1]:5'
+CALLBACK = 'INTERNAL: CpuCallback error: Traceback: ZeroDivisionError: division by zero'
+OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.'
+
+
+@pytest.mark.parametrize('kind, text, words', [
+    (jax.errors.JaxRuntimeError, GLOO, ['lost the connection', '--init_from=resume']),
+    (ValueError, GLOO, ['lost the connection']),  # while it loads
+    (jax.errors.JaxRuntimeError, CALLBACK, ['JaxRuntimeError: INTERNAL: CpuCallback']),
+    (jax.errors.JaxRuntimeError, OUT_OF_MEMORY, ['allocating 99', 'smaller --batch_size']),
+    (MemoryError, 'a tokenizer', ['out of memory (a tokenizer)'])])
+def test_an_error_of_one_process_is_said_as_what_it_is(monkeypatch, capsys, kind, text, words):
+    ended = []
+    monkeypatch.setattr(os, '_exit', ended.append)
+    monkeypatch.setattr(errors, 'process_label', ' in process 1')
+    errors.report_user_error(kind, kind(text), None)
+    err = capsys.readouterr().err
+    assert ended == [1] and all(word in err for word in words), err
+    for words_of_others in ('lost the connection', 'smaller --batch_size'):
+        assert (words_of_others in err) == any(words_of_others in word for word in words), err
+    assert not issubclass(errors.UserError, ValueError)
+
+
+class NotebookStream(io.StringIO):
+    """A kernel's stream: it cannot be reconfigured, and has no file."""
+    reconfigure = property()
+
+
+def test_scripts_leave_the_streams_of_a_notebook_as_they_are(folder, monkeypatch, capsys):
+    script = textwrap.dedent("""
+        import runpy, sys
+        from test_launch import NotebookStream
+        stdout, stderr = sys.stdout, sys.stderr = NotebookStream(), NotebookStream()
+        def run(script, *args):
+            sys.argv = [script, '--device=cpu', *args]
+            try:
+                runpy.run_path(f'ROOT/{script}', run_name='__main__')
+            except SystemExit as e:
+                assert not e.code
+            assert sys.stdout is stdout and sys.stderr is stderr
+            sys.__stdout__.write(stdout.getvalue())
+            stdout.truncate(0)
+        run('train_jax.py', *sys.argv[1:])
+        run('sample_jax.py', '--num_samples=1', '--max_new_tokens=3', '--start=abc')
+    """).replace('ROOT', ROOT)
+    path = os.pathsep.join([ROOT, os.path.join(ROOT, 'tests')])
+    result = finish(start(folder, '-c', script, *TINY, '--max_iters=2', PYTHONPATH=path))
+    assert result.returncode == 0, result.stderr
+    assert 'iter 2: loss' in result.stdout and '\nabc' in result.stdout
+    # IPython in a terminal has streams as any other
+    monkeypatch.setattr(builtins, '__IPYTHON__', True, raising=False)
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO()))
+    stdout = sys.stdout
+    launch.keep_stdout_open()
+    assert launch.keep_stdout_for_samples() is stdout is sys.stdout

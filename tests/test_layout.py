@@ -1,4 +1,4 @@
-"""The layout of the repository: what files may import, and how long lines and functions may be."""
+"""The layout of the repository: what files may import. Ruff checks how long they may be."""
 
 import ast
 import glob
@@ -6,28 +6,8 @@ import os
 import subprocess
 import sys
 
-import pytest
 from helpers import ROOT
 
-
-def python_files():
-    """Paths of the repository's Python files, relative to its root."""
-    folders = ('nanogpt_jax', 'tools', 'data', 'config', 'tests')
-    found = glob.glob('*.py', root_dir=ROOT) + [
-        path for folder in folders
-        for path in glob.glob(f'{folder}/**/*.py', root_dir=ROOT, recursive=True)]
-    assert {folder for folder in folders if any(path.startswith(folder) for path in found)} == {
-        *folders}
-    return sorted(found)
-
-
-def parsed(path):
-    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
-        return ast.parse(f.read())
-
-
-# -----------------------------------------------------------------------------
-# imports
 
 BASE = ['nanogpt_jax/errors.py', 'nanogpt_jax/ops.py']
 LEVELS = ['nanogpt_jax/__init__.py', 'base', 'nanogpt_jax/run_dir.py', 'leaf',
@@ -47,12 +27,14 @@ def level(path):
 
 def import_graph():
     """{path: paths that it imports, anywhere in the file} of scripts, library and tools."""
-    files = {path for path in python_files() if not path.startswith('test_')
-             and os.path.dirname(path) in ('', 'nanogpt_jax', 'tools')}
+    files = {path for folder in ('', 'nanogpt_jax/', 'tools/')
+             for path in glob.glob(f'{folder}*.py', root_dir=ROOT) if not path.startswith('test_')}
     graph = {}
     for path in files:
         names = set()
-        for node in ast.walk(parsed(path)):
+        with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+            tree = ast.parse(f.read())
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -88,20 +70,3 @@ def test_no_imports_form_a_circle():
 def test_preparing_data_does_not_import_jax():
     code = 'import sys, common; sys.exit("jax" in sys.modules)'
     subprocess.run([sys.executable, '-c', code], cwd=os.path.join(ROOT, 'data'), check=True)
-
-
-# -----------------------------------------------------------------------------
-# lengths
-
-@pytest.mark.parametrize('path', python_files())
-def test_no_line_is_longer_than_100_columns(path):
-    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
-        lengths = [len(line.rstrip('\n')) for line in f]
-    assert not [(n, length) for n, length in enumerate(lengths, start=1) if length > 100]
-
-
-@pytest.mark.parametrize('path', python_files())
-def test_no_function_is_longer_than_50_lines(path):
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(parsed(path))
-               if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
-    assert not {name: length for name, length in lengths.items() if length > 50}

@@ -193,30 +193,19 @@ def test_the_vocabulary_comes_from_the_checkpoint(trained):
     (['--start='], ['prompt is empty']),
     (['--start=FILE:absent.txt'], ['absent.txt']),
     (['--out_dir=absent'], ['absent does not exist']),
-    (['--out_dir='], ['out_dir is empty']),
-    (['--out_dir=latin1.txt'], ['latin1.txt', 'a file and not a folder']),
     (['--checkpoint=3'], ["'3'", 'latest']),
     (['--top_k=0'], ['top_k is 0']),
     (['--top_p=0.0'], ['top_p is 0']),
     (['--start=FILE:latin1.txt'], ['latin1.txt', 'utf-8']),
     (['--num_samples=0'], ['num_samples is 0']),
-    (['--max_new_tokens=-1'], ['max_new_tokens is -1']),
-    (['--temperature=-0.5'], ['temperature is -0.5']),
-    (['--num_sample=1'], ['--num_samples']),
-    (['--start=FILE:large.txt'], ['large.txt', '16,777,216 characters']),
     # numbers that no machine can use
     (['--max_new_tokens=100000000000'], ['max_new_tokens is 100000000000', 'below 2147483648']),
-    (['--max_new_tokens=2000000000'], ['10 samples of 2000000000 new tokens', 'GB of memory']),
     (['--num_samples=1000000000'], ['GB of memory', '--stream=True']),
     (['--seed=4294967296'], ['seed is 4294967296', 'below 4294967296']),
     (['--temperature=1e-40'], ['temperature is 1e-40', '1e-30']),
-    (['--temperature=1e40'], ['temperature is 1e+40', '1e30']),
-    (['--top_p=1e-40'], ['top_p is 1e-40', '1e-30']),
 ])
 def test_a_mistake_in_sampling_is_one_line(trained, args, words):
     (trained / 'latin1.txt').write_bytes(b'caf\xe9')
-    with open(trained / 'large.txt', 'wb') as f:
-        f.truncate(2 ** 24)
     result = run_inside(trained, 'sample_jax.py', '--device=cpu', '--start=a', *args)
     one_line_error(result, *words)
 
@@ -245,17 +234,13 @@ SMALL += ['--vocab_size=20']
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--batch_size=0'], ['batch_size is 0']), (['--seed=-1'], ['seed is -1']),
     (['--dataset=absent'], ['absent/prepare.py']),
     (['--vocab_size=5'], ['token id 19', 'ends at 4']),
     (['--attention=flash'], ["'flash'", 'auto, cudnn, splash or xla']),
     (['--attention=cudnn'], ['NVIDIA', '--attention=xla']),
-    (['--attention=splash'], ['TPU', '--attention=xla']),
     (['--dropout=1.0'], ['dropout is 1.0']),
-    (['--n_head=0'], ['n_head is 0']),
     (['--real_data=False', '--n_layer=9999', '--n_head=1', '--n_embd=60000'], ['GB of memory']),
-    (['--n_layer=10000'], ['n_layer is 10000']), (['--n_embd=2147483648'], ['n_embd is']),
-    (['--vocab_size=2147483648'], ['vocab_size is']), (['--max_new_tokens=-1'], ['max_new_tokens']),
+    (['--n_layer=10000'], ['n_layer is 10000']), (['--max_new_tokens=-1'], ['max_new_tokens']),
 ])
 def test_a_mistake_in_a_benchmark_is_one_line(folder, args, words):
     one_line_error(run_inside(folder, 'bench_jax.py', *SMALL, *args), *words, alone=True)
@@ -277,7 +262,7 @@ def test_bench_prints_nanogpts_line_and_what_a_step_needs(folder, real_data):
     flags = ['--gradient_accumulation_steps=3', '--remat=True', '--dropout=0.1']
     result = run(folder, 'bench_jax.py', *SMALL, *flags * real_data, f'--real_data={real_data}')
     assert result.returncode == 0, result.stderr
-    time, _ = re.search(r'^time per iteration: (\d+\.\d{4})ms, MFU: (nan)%$',
+    time, _ = re.search(r'^time per iteration: (\d+\.\d{4})ms, MFU: (\d+\.\d\d)%$',
                           result.stdout, re.M).groups()
     tokens = re.search(r'^tokens per second: ([\d,]+)$', result.stdout, re.M)[1].replace(',', '')
     sequences = 12 if real_data else 4
@@ -286,7 +271,7 @@ def test_bench_prints_nanogpts_line_and_what_a_step_needs(folder, real_data):
     for line in (r'compiled in \d+\.\d s',
                  r'memory by the compiled program: \d+\.\d\d GiB of state and batch, '
                  r'\d+\.\d\d GiB while it runs',
-                 r'mfu is nan: no peak of a cpu is known',
+                 r'mfu is counted against \S+ TFLOP/s, the float32 matmul rate measured on this CPU',
                  r'host time per iteration \(batch and dispatch\): \d+\.\d\dms'):
         assert re.search(f'^{line}$', result.stdout, re.M), line
     assert result.stdout.count('/10 loss: ') == 10 and result.stdout.count('/20 loss: ') == 20

@@ -330,7 +330,8 @@ def test_a_checkpoint_has_the_size_that_is_printed(tmp_path):
     state = utils.abstract_train_state(GPTConfig(**settings, bias=False), tx)
     state = jax.tree.map(jnp.zeros_like, state)  # which compression would make smaller
     with Checkpoints(tmp_path / 'out') as checkpoints:
-        checkpoints.save(state, 1, 1e9, settings, {}, None)
+        checkpoints.save(state, dict(iter_num=1, best_val_loss=1e9, model_args=settings,
+                                     config={}, chars=None))
     written = sum(os.path.getsize(os.path.join(folder, name))
                   for folder, _, names in os.walk(tmp_path / 'out' / '1') for name in names)
     printed = number(output(*flags(**settings)), 'a checkpoint')

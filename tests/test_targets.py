@@ -160,9 +160,10 @@ def decode_program(target):
     config, graphdefs = GPTConfig(n_layer=2, bias=False, dtype='bfloat16'), []
 
     def inputs():
-        graphdef, *weights = sampling.sampling_weights(GPT(config, rngs=nnx.Rngs(0)))
+        model = GPT(config, rngs=nnx.Rngs(0))
+        graphdef, *weights = sampling.sampling_weights(model)
         graphdefs.append(graphdef)
-        return (weights, jnp.zeros((B, 1024), jnp.int32), sampling.empty_cache(config, B, 1024),
+        return (weights, jnp.zeros((B, 1024), jnp.int32), model.empty_cache(B, 1024),
                 jnp.int32(0), jax.random.split(jax.random.key(0), B), jnp.float32(1))
     weights, tokens, cache, n, keys, temperature = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)),

@@ -38,8 +38,8 @@ def latest_state(out_dir, tx):
     """(graphdef in training mode, training state, meta) of the latest checkpoint of a run."""
     checkpoints = Checkpoints(out_dir, read_only=True)
     _, meta, state = checkpoints.load('latest', lambda meta: utils.abstract_train_state(
-        GPTConfig(**meta['model_args']), tx, make_mesh(jax.devices()[:1])))
-    return utils.split_model(GPTConfig(**meta['model_args']))[1], state, meta
+        GPTConfig.from_model_args(meta['model_args']), tx, make_mesh(jax.devices()[:1])))
+    return utils.split_model(GPTConfig.from_model_args(meta['model_args']))[1], state, meta
 
 
 def any_optimizer():

@@ -1,4 +1,4 @@
-"""Complete runs of train_jax.py, and the functions that its settings, batches and log go through."""
+"""Whole runs of train_jax.py, and the functions that its settings, batches and log go through."""
 
 import io
 import os
@@ -150,7 +150,8 @@ def test_the_time_left_is_printed_on_a_terminal_only(trained):
         pass  # how Linux reports that the other end is closed
     process.kill()
     process.wait()
-    assert re.search(r'^\d+:\d\d:\d\d left, done at about \w+ \d\d:\d\d\r$', out.decode(), re.M), out
+    line = r'^\d+:\d\d:\d\d left, done at about \w+ \d\d:\d\d\r$'
+    assert re.search(line, out.decode(), re.M), out
 
 
 @pytest.mark.parametrize('terminal', [True, False])
@@ -198,7 +199,7 @@ def test_a_resumed_run_ends_with_the_same_bits(folder, stop, always):
     first = train(folder, *args, f'--max_iters={stop - 1}', '--out_dir=parts')
     # a run that was killed after its last checkpoint has logged more, its last line cut off
     with open(folder / 'parts' / 'metrics.jsonl', 'a') as f:
-        f.write('{"iter": %d, "loss": 1.0}\n{"iter": 8, "lo' % stop)
+        f.write(f'{{"iter": {stop}, "loss": 1.0}}\n{{"iter": 8, "lo')
     # no other flags: the settings come from the checkpoint
     out = resume(folder, '--out_dir=parts', '--max_iters=8')
     assert f'differs from the checkpoint: max_iters {stop - 1} -> 8\n' in out
@@ -354,7 +355,8 @@ GOOD = dict(batch_size=4, block_size=16, gradient_accumulation_steps=2, eval_ite
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (dict(gradient_accumulation_steps=-1), 'gradient_accumulation_steps is -1; it must be at least 1'),
+    (dict(gradient_accumulation_steps=-1),
+     'gradient_accumulation_steps is -1; it must be at least 1'),
     (dict(eval_interval=0), 'eval_interval is 0'),
     (dict(max_iters=-1), 'max_iters is -1'),
     (dict(max_iters=2 ** 31), 'max_iters is 2147483648; .*below 2147483648'),
