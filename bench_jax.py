@@ -17,7 +17,7 @@ from flax import nnx
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 import jax_train_utils as utils
-from jax_transformer import GPT, GPTConfig
+from jax_transformer import GPT, GPT_ARGS, GPTConfig
 from nanogpt_jax.devices import (
     attention_path, compute_dtype, describe_peak, enable_compilation_cache, peak_flops,
     program_memory, select_devices,
@@ -25,7 +25,7 @@ from nanogpt_jax.devices import (
 from nanogpt_jax.errors import report_user_error
 from nanogpt_jax.run_dir import data_dir_of
 from nanogpt_jax.sampling import check_sampling_memory, sampling_weights
-from nanogpt_jax.sharding import choose_micro_batch_size, mesh_for_batch, shard_batch
+from nanogpt_jax.sharding import choose_layout, choose_micro_batch_size, shard_batch
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 # -----------------------------------------------------------------------------
@@ -62,11 +62,12 @@ if compilation_cache:
     enable_compilation_cache()
 compute_type = compute_dtype(dtype, devices, 'dtype' in given)
 kernel = attention_path(attention, compute_type, n_embd // n_head, devices[0])
-gptconf = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, compute_type,
-                    kernel, remat)
+gptconf = GPTConfig(**{name: config[name] for name in GPT_ARGS}, dtype=compute_type,
+                    attention=kernel, remat=remat)
 global_batch_size = gradient_accumulation_steps * batch_size
-mesh, grad_accum_steps = mesh_for_batch(
-    devices, global_batch_size, choose_micro_batch_size(batch_size, block_size, n_embd, platform))
+micro_batch_size = choose_micro_batch_size(batch_size, block_size, n_embd, platform)
+layout = choose_layout(devices, global_batch_size, micro_batch_size)
+mesh = layout.mesh
 print(f'platform: {platform} ({devices[0].device_kind}), computing in {compute_type}, '
       f'attention: {"xla" if dropout else kernel}')
 
@@ -104,18 +105,13 @@ if max_new_tokens:
     sys.exit()
 
 # data
-data_dir = data_dir_of(dataset)
-if real_data:
-    utils.count_tokens(data_dir, 'train', block_size)
-    utils.check_tokens(data_dir, vocab_size, splits=('train',))
-def get_batch(iter_num):
-    if real_data:
-        return utils.get_train_batch(mesh, data_dir, global_batch_size, grad_accum_steps,
-                                     block_size, seed, iter_num, vocab_size)
-    return fixed_batch
-shape = grad_accum_steps, global_batch_size // grad_accum_steps, block_size
+batches = utils.Batches(layout, data_dir_of(dataset), block_size, vocab_size, seed,
+                        eval_iters=1, batch_size=batch_size)
+shape = layout.micro_steps, global_batch_size // layout.micro_steps, block_size
 tokens = np.random.default_rng(seed).integers(vocab_size, size=(2, *shape), dtype=np.int32)
 fixed_batch = shard_batch(mesh, *tokens) # x, y
+def get_batch(iter_num):
+    return batches.train(iter_num) if real_data else fixed_batch
 
 # model and step
 model, graphdef, _ = utils.split_model(gptconf)

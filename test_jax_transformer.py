@@ -25,7 +25,9 @@ from flax import nnx
 
 import jax_train_utils as utils
 import jax_transformer
-from jax_transformer import GPT, GPTConfig, export_torch_weights, load_torch_weights
+from jax_transformer import (
+    GPT, CausalSelfAttention, GPTConfig, Linear, export_torch_weights, load_torch_weights,
+)
 from nanogpt_jax import devices, launch, sharding, tokenizer
 from nanogpt_jax.checkpoint import Checkpoints, checksum
 from nanogpt_jax.errors import UserError
@@ -60,13 +62,13 @@ def area(name):
     return mark
 
 
-def tiny(**changes):
+def tiny(model=GPT, **changes):
     """A small model with random weights, the same in every call.
 
     NumPy makes them: compiling the real initialization for every shape would take most of the
     suite's time.
     """
-    model = nnx.eval_shape(lambda: GPT(GPTConfig(**(TINY | changes)), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: model(GPTConfig(**(TINY | changes)), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         p.set_value(jnp.asarray(rng.normal(path[-1] == 'scale', 0.02, p.shape), jnp.float32))
@@ -402,6 +404,24 @@ def test_invalid_configurations_are_refused():
 
 
 @area('model creation')
+def test_a_checkpoints_model_args_are_read_back_and_those_of_another_model_are_refused():
+    config = GPTConfig(**TINY, dropout=0.1, dtype='bfloat16', remat=True)
+    args, read = jax_transformer.model_args(config), GPTConfig.from_model_args
+    assert args.keys() == TINY.keys() | {'bias', 'dropout'}
+    assert read(args, dtype='bfloat16', remat=True) == config
+    assert read({k: v for k, v in args.items() if k != 'dropout'}).dropout == 0.0
+    assert_refused(lambda: read({k: v for k, v in args.items() if k != 'n_head'}), 'lacks n_head')
+    changed = args | {'norm': 'rmsnorm'}
+    assert_refused(lambda: read(changed), 'written by another model', "{'norm': 'rmsnorm'}")
+    jax_transformer.VARIANT['norm'] = 'rmsnorm'
+    try:
+        assert jax_transformer.model_args(config) == changed
+        assert_refused(lambda: read(args), 'written by another model', "{'norm': 'rmsnorm'}")
+    finally:
+        jax_transformer.VARIANT.clear()
+
+
+@area('model creation')
 def test_weights_that_do_not_fit_are_all_named_and_nothing_changes():
     model, weights = tiny(), export_torch_weights(tiny(n_embd=16))
     weights.pop('transformer.ln_f.bias')
@@ -728,6 +748,56 @@ def test_cached_generation_equals_the_full_forward_pass():
         nnx.update(model, jax.tree.map(lambda p: 10 * p, nnx.state(model, nnx.Param)))
         want = generate_plainly(model, x, 20)
         np.testing.assert_array_equal(model.generate(x, 20, temperature=0), want)
+
+
+class ChangedAttention(CausalSelfAttention):
+    """Half of the values' heads, each for two heads of queries, which turn with their position."""
+
+    def to_heads(self, x, splash=False):
+        q, k, v = super().to_heads(x, splash)
+        return q, k[:, :, :1], v[:, :, :1]
+
+    def __call__(self, x, rngs=None, cache=None):
+        x = x * jnp.cos((cache.start if cache else 0) + jnp.arange(x.shape[1]))[:, None]
+        return super().__call__(x.astype(self.dtype), rngs, cache or AllPositions())
+
+
+class AllPositions:
+    def attend(self, q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+class ChangedGPT(GPT):
+    """Another attention, and a head of its own, whose logits change their sign."""
+
+    def __init__(self, config, *, rngs):
+        super().__init__(config, rngs=rngs)
+        for block in self.transformer.h:
+            block.attn = ChangedAttention(config, rngs=rngs)
+            block.attn.dtype = config.dtype
+        self.lm_head = Linear(config.n_embd, config.vocab_size, config, rngs=rngs)
+
+    def head_kernel(self):
+        return self.lm_head.kernel[...]
+
+    def head(self, x, kernel=None):
+        return -super().head(x, kernel)
+
+
+@area('generation')
+def test_a_changed_model_is_sampled_as_its_forward_pass_computes():
+    for dtype, tolerance in (('float32', 1e-4), ('bfloat16', 2 ** -5)):  # of logits around 3
+        model = tiny(ChangedGPT, dtype=dtype, n_layer=2, bias=False)
+        nnx.update(model, jax.tree.map(lambda p: 10 * p, nnx.state(model, nnx.Param)))
+        assert model.empty_cache(3, 8)[1][0].shape == (3, 1, 8, 16)
+        y = np.asarray(model.generate(tokens(2, 5), 20, temperature=0))
+        full = jax.jit(lambda x: model(x, x)[0])  # noqa: B023
+        for t in range(5, 25):  # 16 is block_size
+            seen = y[:, max(0, t - 16):t]
+            logits = full(np.pad(seen, ((0, 0), (0, 16 - seen.shape[1]))))[:, seen.shape[1] - 1]
+            logits = np.float32(logits)
+            chosen = np.take_along_axis(logits, y[:, t:t + 1], axis=1)[:, 0]
+            assert (chosen >= logits.max(-1) - tolerance).all(), (dtype, t)
 
 
 @area('generation')
@@ -1248,7 +1318,7 @@ def test_training_follows_nanogpts_trajectory():
 # -----------------------------------------------------------------------------
 
 def main():
-    """Run every test; print a line for each area, and the claims that fail. Returns the exit code."""
+    """Run every test; print a line for each area and the claims that fail. Returns 1 if any do."""
     areas, failed = {}, []
     for test in [f for name, f in globals().items() if name.startswith('test_')]:
         areas.setdefault(test.area, []).append(test)

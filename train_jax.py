@@ -200,7 +200,7 @@ for name, tensors in zip(('decayed', 'non-decayed'), utils.decay_groups(state['p
 on_device, full = (n_bytes / 1e6 for n_bytes in state_bytes(state))
 print(f"mesh: data {mesh.shape['data']} x fsdp {fsdp}, {layout.micro_steps} micro-steps per "
       f'iteration, {on_device:,.1f} MB of the {full:,.1f} MB of training state on each device')
-peak = mesh.size * peak_flops(devices[0]) # nan if it is not known
+peak = mesh.size * peak_flops(devices[0])
 print(describe_peak(devices[0], mesh.size))
 fastest = model.estimate_mfu(layout.global_batch_size, 1.0, peak) # seconds per iteration
 if devices[0].platform == 'cpu' and fastest > 10:
@@ -258,7 +258,7 @@ print(f'compiled in {time.perf_counter() - t0:.1f} s')
 
 # training loop
 first_iter, last_logged = iter_num, iter_num - 1
-running_mfu, queued = -1.0, [] # queued: steps whose line is not printed yet
+running_mfu, queued = -1.0, [] # queued: (iteration, metrics) of steps that are not printed yet
 started = t0 = time.perf_counter()
 with stop, checkpoints: # waits for the last save at the end
     while iter_num <= max_iters:
@@ -288,23 +288,22 @@ with stop, checkpoints: # waits for the last save at the end
 
         # one optimizer step; read the next batch while the devices compute it
         state, metrics = train_step(state, x, y, np.int32(iter_num))
-        # a CPU may compute it before the call returns
-        ended = time.perf_counter() if metrics['loss'].is_ready() else None
         if iter_num % log_interval == 0:
-            queued.append((iter_num, metrics, ended))
+            queued.append((iter_num, metrics))
         x, y = batches.train(iter_num + 1)
         checkpoints.check() # raise if the asynchronous save failed
         iter_num += 1
         stopping = iter_num > max_iters or stop.reached()
 
-        # timing and logging, one step late: reading a loss waits for its step. The last one before
-        # an evaluation or the end is not late
-        while queued and (queued[0][0] < iter_num - 1 or stopping or iter_num % eval_interval == 0):
-            it, metrics, ended = queued.pop(0)
-            values = {name: float(x) for name, x in metrics.items()}
-            t1 = ended or time.perf_counter()
-            dt = (t1 - t0) / (it - last_logged)
-            t0, last_logged = t1, it
+        # timing and logging, one step late, since reading a loss waits for its step; the last one
+        # before an evaluation or the end is not late
+        all_due = stopping or iter_num % eval_interval == 0
+        n_due = sum(all_due or it < iter_num - 1 for it, _ in queued)
+        due = [(it, {name: float(value) for name, value in metrics.items()})
+               for it, metrics in queued[:n_due]]
+        queued, t1 = queued[n_due:], time.perf_counter()
+        for it, values in due:
+            dt = (t1 - t0) / (due[-1][0] - last_logged)
             if it - first_iter >= 5: # let the training loop settle a bit
                 mfu = model.estimate_mfu(layout.global_batch_size, dt, peak)
                 running_mfu = mfu if running_mfu == -1.0 else 0.9*running_mfu + 0.1*mfu
@@ -317,6 +316,8 @@ with stop, checkpoints: # waits for the last save at the end
             utils.check_finite(it, values, checkpoints)
             if it == first_iter + 2: # the first ones are slower
                 utils.print_time_left(dt * (max_iters - it))
+        if due:
+            t0, last_logged = t1, due[-1][0]
         if stopping:
             break
 

@@ -598,6 +598,8 @@ class Checkpoints:
         if checkpoint not in ('auto', 'latest', 'best', *map(str, known)):
             raise UserError(f'no checkpoint {checkpoint!r} in {self.out_dir}: give auto, latest, '
                             f'best, or one of {known}')
+        if checkpoint in map(str, self.damaged):
+            raise UserError(f'{self.damaged[int(checkpoint)]}; try --checkpoint=latest')
         if not metas:
             raise UserError(f'no checkpoint in {self.out_dir} is valid; start again with another '
                             '--out_dir' if known else
@@ -612,10 +614,7 @@ class Checkpoints:
             return sorted(metas, key=lambda step: step != best)
         if checkpoint in ('auto', 'latest'):
             return [*metas]
-        step = best if checkpoint == 'best' else int(checkpoint)
-        if step in self.damaged:
-            raise UserError(f'{self.damaged[step]}; try --checkpoint=latest')
-        return [step]
+        return [best if checkpoint == 'best' else int(checkpoint)]
 
     def _choose(self, checkpoint):
         """(iteration, meta) of the first candidate."""

@@ -13,7 +13,6 @@ import platform as machine
 import re
 import time
 import warnings
-from datetime import timedelta
 
 import jax
 import jax.numpy as jnp
@@ -112,23 +111,12 @@ def describe_peak(device, n_devices=1):
     """A line that says what mfu is counted against."""
     peak = peak_flops(device) / 1e12
     if device.device_kind == 'cpu':
-        return (f'mfu is counted against {n_devices * peak:.2g} TFLOP/s, the float32 matmul rate '
+        return (f'mfu is counted against {n_devices * peak:.3g} TFLOP/s, the float32 matmul rate '
                 'measured on this CPU')
     several = f'{n_devices} x ' if n_devices > 1 else ''
     whose = (f'the 16-bit peak of {device.device_kind}' if table_peak(device)
              else f'an A100: no peak of {device.device_kind} is known')
     return f'mfu is counted against {several}{peak:g} TFLOP/s, {whose}'
-
-
-def describe_wait(device, flops):
-    """A line that says how long an iteration of so many FLOPs takes on a CPU, if that is long; else
-    ''."""
-    if device.platform != 'cpu':
-        return ''
-    seconds = flops / (matmul_flops() * jax.process_count())
-    return '' if seconds < 10 else (
-        f'an iteration takes {timedelta(seconds=round(seconds))} or more on this CPU; for small '
-        'models set --gradient_accumulation_steps=1 and a smaller --eval_iters')
 
 
 @functools.cache

@@ -84,6 +84,9 @@ def run(folder, script, *args, stdin=None, **kwargs):
     return finish(start(folder, script, *args, **kwargs), stdin)
 
 
+run_inside = run
+
+
 def train(folder, *args, **kwargs):
     """stdout of a training run that must succeed."""
     result = run(folder, 'train_jax.py', *TINY, *args, **kwargs)

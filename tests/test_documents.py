@@ -16,7 +16,7 @@ import subprocess
 import pytest
 from helpers import ROOT, run, run_inside
 
-from configurator import config_block, configure, parse
+from configurator import config_block, configure
 from nanogpt_jax.errors import UserError
 
 
@@ -223,22 +223,6 @@ def refusal(script, args):
         except UserError as e:
             return str(e)
     return ' '.join(line for line in out.getvalue().splitlines() if line.startswith('WARNING'))
-
-
-def test_the_flags_page_is_what_its_tool_writes():
-    """Anew by: python -m tools.flags > docs/flags.md"""
-    assert run_inside(ROOT, 'tools.flags').stdout == read('docs/flags.md')
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_the_flags_page_has_each_flag_with_its_default_and_meaning(script):
-    heading = module_name(script) if script in TOOLS else script
-    section = re.search(rf'^## {heading}\n(.*?)(?=^## |\Z)', read('docs/flags.md'), re.M | re.S)
-    assert section, f'docs/flags.md has no {script}: add it to SCRIPTS in tools/flags.py'
-    stated = {row[0].strip('`-'): parse(row[1].strip('`')) for row in rows(section[1])
-              if row[0].startswith('`--') and row[2]}
-    assert {k: repr(v) for k, v in stated.items()} == {
-        k: repr(v) for k, v in settings(script).items()}
 
 
 @pytest.mark.parametrize('script', PREPARE)
