@@ -230,6 +230,10 @@ def test_eval_only_evaluates_once_whatever_the_seed_and_writes_nothing(copy, tra
     assert not ITER.findall(out)
     # the model at iteration 21 has trained one step more than that of the last line
     (step, *losses), = STEP.findall(out)
+    # its characters have one byte each; the line is computed from the unrounded loss
+    bits = float(re.search(r'^val loss in bits per byte: ([\d.]+) \(1.00 bytes per token\)$', out,
+                           re.M)[1])
+    assert abs(bits - float(losses[1]) / np.log(2)) < 2e-4
     assert step == '21' and abs(float(losses[1]) - float(STEP.findall(trained.out)[-1][2])) < 0.2
     assert {path: path.stat().st_mtime_ns for path in copy.rglob('*')} == before
 
