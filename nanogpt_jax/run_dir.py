@@ -111,10 +111,10 @@ def remove_tree(path):
 
 
 @contextlib.contextmanager
-def open_file(path, mode='r'):
+def open_file(path, mode='r', errors=None):
     """open() of a regular file, text being UTF-8, as a context manager. What is written to a bucket
     is there at its end."""
-    kwargs = {} if 'b' in mode else {'encoding': 'utf-8'}
+    kwargs = {} if 'b' in mode else {'encoding': 'utf-8', 'errors': errors}
     if not is_remote(path):
         if 'r' in mode and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
             raise UserError(f'{path} is not a file')
