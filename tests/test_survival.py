@@ -558,9 +558,11 @@ def test_validation_losses_are_compared_with_those_measured_alike(out_dir, capsy
         assert checkpoints.best_val_loss(easy) == 1e9
         assert 'measured with another dataset: the best starts anew' in capsys.readouterr().out
         save(checkpoints, 8, 0.25, dataset='easy')
+        assert 'checkpoint 8 is complete' in checkpoints.describe_valid()
         checkpoints.record_val_loss(8, 0.5, CONFIG)
         assert checkpoints.load('best', abstract).step == 8
         save(checkpoints, 10, 0.75)
+        assert 'checkpoint 10 is complete' in checkpoints.describe_valid()
         assert checkpoints.best_val_loss(easy) == 0.25
         assert 'is that of checkpoints with this one' in capsys.readouterr().out
         save(checkpoints, 12)
@@ -573,7 +575,9 @@ def test_processes_choose_the_same_checkpoint(out_dir):
     code = textwrap.dedent(f'''
         import os, sys
         sys.path[:0] = [{os.path.dirname(__file__)!r}]
+        from nanogpt_jax.errors import report_user_error
         from nanogpt_jax.launch import start_processes
+        sys.excepthook = report_user_error
         rank = start_processes('cpu', 20)
         import test_survival as t
         def load():
@@ -591,6 +595,7 @@ def test_processes_choose_the_same_checkpoint(out_dir):
     ''')
     results = [finish(process) for process in start_processes(out_dir.parent, 2, code, script='-c')]
     steps = [re.findall('^[0-9]+$', result.stderr, re.M) for result in results]
+    print(*(result.stderr for result in results))
     assert steps == [['6', '4']] * 2, results
     assert 'is damaged: ValueError: DATA_LOSS: changed' in results[0].stdout
     assert 'I/O error' in results[1].stderr and all(result.returncode for result in results)
