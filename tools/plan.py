@@ -165,6 +165,6 @@ if step:
     print_time(hlo)
 if largest:
     print()
-    n = largest_fit(lambda n: measure(n)[2], memory, {micro_batch_size: n_bytes})
+    n = largest_fit(lambda n: measure(n)[2], memory, micro_batch_size, n_bytes)
     print(f'largest micro-batch that fits: {n} sequences')
 sys.exit(not step or n_bytes > memory)
