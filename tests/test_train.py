@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import (
-    ENV, ITER, ROOT, STEP, TINY, abstract_state, one_line_error, resume, run, saved, train, with_data,
+    ENV, ITER, ROOT, STEP, TINY, abstract_state, one_line_error, resume, run, saved, train,
+    with_data,
 )
 
 import jax_train_utils as utils
