@@ -19,9 +19,9 @@ from nanogpt_jax import pretrained
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.ops import (
     causal_attention, cross_entropy, dropout, einsum, fused_attention, gelu, matmul,
-    splash_attention,
+    normalize, splash_attention,
 )
-from nanogpt_jax.sampling import stream_tokens
+from nanogpt_jax.sampling import Sampler, stream_tokens
 
 # what a changed model computes in another way, such as {'norm': 'rmsnorm'}: checkpoints store it,
 # and are read only by a model with the same
@@ -136,11 +136,7 @@ class LayerNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x):
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        # torch's epsilon; flax's default is 1e-6
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
-        x = x * self.scale[...]
+        x = normalize(x.astype(jnp.float32)) * self.scale[...]
         if self.bias is not None:
             x = x + self.bias[...]
         return x.astype(self.dtype)
@@ -296,7 +292,7 @@ class GPT(nnx.Module):
     def head(self, x, kernel=None):
         """Logits (..., vocab_size) in the compute dtype, from hidden states (..., C).
 
-        kernel: a copy of head_kernel() to use instead, in the compute dtype.
+        kernel: a copy of head_kernel(), or of some of its columns, to use instead.
         """
         return matmul(x, self.head_kernel() if kernel is None else kernel)
 
@@ -312,7 +308,8 @@ class GPT(nnx.Module):
             return self.head(x[:, -1:]), None
         with jax.named_scope('head'):
             logits = self.head(x)
-            return logits, cross_entropy(logits, targets)
+            some_logits = self.head(x, self.head_kernel()[:, :128])
+            return logits, cross_entropy(logits, targets, some_logits)
 
     def crop_block_size(self, block_size):
         """Shorten the context to block_size. Raises UserError if the model's is shorter."""
@@ -366,7 +363,8 @@ class GPT(nnx.Module):
         key: a jax.random key, needed unless temperature is 0 or top_k is 1. n_vocab: ids from here
         on are padding, never sampled.
         """
-        new = stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, key, n_vocab)
+        sampler = Sampler(temperature, top_k, top_p, n_vocab)
+        new = stream_tokens(self, idx, max_new_tokens, sampler, key)
         return jnp.concatenate([jnp.asarray(idx), *new], axis=1)
 
 

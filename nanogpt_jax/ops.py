@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 @jax.custom_vjp
@@ -58,6 +59,31 @@ einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 @jax.custom_vjp
+def normalize(x):
+    """Float32 x minus its mean over the last axis, divided by its standard deviation."""
+    return _normalize_forward(x)[0]
+
+
+def _normalize_forward(x):
+    # the mean of squares minus the square of the mean is faster, but loses digits of large means
+    mean = x.mean(-1, keepdims=True)
+    # torch's epsilon; flax's default is 1e-6
+    rstd = lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-5)
+    return (x - mean) * rstd, (x, mean, rstd)
+
+
+def _normalize_backward(saved, g):
+    # both sums over g at once, which a TPU takes as it makes g
+    x, mean, rstd = saved
+    y = (x - mean) * rstd
+    slope = (g * y).mean(-1, keepdims=True)
+    return (g - g.mean(-1, keepdims=True) - y * slope) * rstd,
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+@jax.custom_vjp
 def gelu(x):
     """The exact GELU, x times the normal CDF at x, in x's dtype.
 
@@ -76,7 +102,8 @@ def _gelu_forward(x):
 
 
 def _gelu_backward(derivative, g):
-    return derivative * g,
+    # in a loop over the blocks a TPU would transpose it, and for that a copy of the derivative
+    return with_layout_constraint(derivative * g, Layout(tuple(range(g.ndim)))),
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
@@ -169,7 +196,8 @@ def splash_attention(q, k, v, interpret=False):
         block_q=block, block_kv=block, block_q_dkv=rows, block_kv_dkv=rows,
         use_fused_bwd_kernel=True, q_layout=seq_minor, k_layout=seq_minor, v_layout=seq_minor)
     kernel = make_splash_mha(MultiHeadMask([CausalMask((L, L))] * nh), block_sizes=sizes,
-                             head_shards=1, q_seq_shards=1, interpret=interpret)
+                             head_shards=1, q_seq_shards=1, interpret=interpret,
+                             residual_checkpoint_name='attention')
     return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)[:, :T]
 
 
@@ -182,17 +210,36 @@ def fused_attention(q, k, v):
 
 
 @jax.custom_vjp
-def cross_entropy(logits, targets):
+def cross_entropy(logits, targets, some_logits=None):
     """Mean negative log-likelihood, a float32 scalar, over the targets that are not -1.
 
-    logits (..., V) of any float dtype, targets int (...). nan if every target is -1, as in torch.
+    logits (..., V) of any float dtype, targets int (...), some_logits (..., n): those of a few
+    classes, computed apart, with which a TPU is faster. nan if every target is -1, as in torch.
     """
-    return _cross_entropy_forward(logits, targets)[0]
+    return _cross_entropy_forward(logits, targets, some_logits)[0]
 
 
-def _cross_entropy_forward(logits, targets):
+def logsumexp(logits, some_logits=None):
+    """jax.nn.logsumexp over the last axis, which it keeps, in float32."""
+    return jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
+
+
+def one_pass_logsumexp(logits, some_logits):
+    """logsumexp by a sum that a TPU computes as it makes the logits, since it subtracts the largest
+    of some_logits instead of waiting for that of all."""
+    shift = some_logits.astype(jnp.float32).max(-1, keepdims=True)
+    total = jnp.exp(logits.astype(jnp.float32) - shift).sum(-1, keepdims=True)
+    # infinite where another logit is 88 larger than some_logits
+    return lax.cond(jnp.isfinite(total).all(), lambda logits: shift + jnp.log(total), logsumexp,
+                    logits)
+
+
+def _cross_entropy_forward(logits, targets, some_logits):
     # sums are float32, but no float32 copy of bfloat16 logits, GPT-2's largest array, is stored
-    lse = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
+    if some_logits is None:
+        lse = logsumexp(logits)
+    else:
+        lse = lax.platform_dependent(logits, some_logits, tpu=one_pass_logsumexp, default=logsumexp)
     valid = targets != -1
     index = jnp.where(valid, targets, 0)[..., None]
     target_logits = jnp.take_along_axis(logits, index, axis=-1).astype(jnp.float32)
@@ -208,7 +255,7 @@ def _cross_entropy_backward(saved, g):
     one_hot = classes == targets[..., None]
     probs = jnp.exp(logits.astype(jnp.float32) - lse)
     grads = (probs - one_hot) * (valid * (g / valid.sum()))[..., None]
-    return grads.astype(logits.dtype), None
+    return grads.astype(logits.dtype), None, None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

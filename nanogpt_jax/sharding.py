@@ -207,7 +207,10 @@ def is_matmul(primitive, *operands, **params):
     Gathered weights are not saved, nor what a loop would have to store for elementwise operations,
     which XLA computes again inside the matmuls of the backward pass.
     """
-    return primitive.name in ('dot_general', 'dot_product_attention_fwd_wrapper', 'pallas_call')
+    policies = jax.checkpoint_policies
+    return (policies.dots_saveable(primitive, *operands, **params)
+            or policies.save_only_these_names('attention')(primitive, *operands, **params)
+            or primitive.name == 'dot_product_attention_fwd_wrapper')  # cuDNN's; it has no names
 
 
 # -----------------------------------------------------------------------------

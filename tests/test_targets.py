@@ -162,13 +162,14 @@ def decode_program(target):
         model = GPT(config, rngs=nnx.Rngs(0))
         graphdef, *weights = sampling.sampling_weights(model)
         graphdefs.append(graphdef)
-        return (weights, jnp.zeros((B, 1024), jnp.int32), model.empty_cache(B, 1024),
-                jnp.int32(0), jax.random.split(jax.random.key(0), B), jnp.float32(1))
-    weights, tokens, cache, n, keys, temperature = jax.tree.map(
+        n, keys = jnp.int32(0), jax.random.split(jax.random.key(0), B)
+        return (weights, jnp.zeros((B, 1024), jnp.int32), model.empty_cache(B, 1024), n, n,
+                sampling.Sampler(jnp.float32(1), 200, n_vocab=n, keys=keys))
+    arguments = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)),
         jax.eval_shape(inputs))
-    return sampling.decode.lower(graphdefs[0], *weights, tokens, cache, n, n, keys, temperature,
-                                 200, 1.0, n).compile(targets.compiler_options(device)).as_text()
+    return sampling.decode.lower(graphdefs[0], *arguments).compile(
+        targets.compiler_options(device)).as_text()
 
 
 @pytest.mark.parametrize('target', [pytest.param('v5e', marks=needs_libtpu),

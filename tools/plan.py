@@ -63,7 +63,8 @@ mesh, global_batch_size, micro_steps, _ = choose_layout(
     devices, gradient_accumulation_steps * batch_size, batch_size, fsdp)
 micro_batch_size = global_batch_size // mesh.size // micro_steps
 gptconf = GPTConfig(
-    block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias,
+    block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout,
+    bias=bias,
     vocab_size=vocab_size or load_vocabulary(data_dir_of(dataset))[0] or GPTConfig.vocab_size,
     dtype=compute_dtype(dtype, devices, 'dtype' in given), remat=remat)
 if not dropout:  # the fused kernels have no dropout
