@@ -1,12 +1,13 @@
 """
-Convert checkpoints from and to PyTorch: nanoGPT's ckpt.pt both ways, and a folder for Hugging Face
-transformers. Only a ckpt.pt needs torch. Nothing at dst is overwritten.
+Convert checkpoints from and to PyTorch: nanoGPT's ckpt.pt both ways, and a folder with weights and
+tokenizer for Hugging Face transformers. Only writing a ckpt.pt needs torch. Nothing at dst is
+overwritten.
 $ python convert_jax.py --src=ckpt.pt --dst=out-converted
 $ python convert_jax.py --src=out-shakespeare-char --dst=ckpt.pt --format=nanogpt
 $ python convert_jax.py --src=out-shakespeare-char --dst=hf-shakespeare --format=hf
 """
 
-import json
+import math
 import os
 import sys
 
@@ -25,10 +26,13 @@ from jax_transformer import (
 from nanogpt_jax.checkpoint import quiet_orbax, steps_on_disk
 from nanogpt_jax.devices import select_devices
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
-from nanogpt_jax.run_dir import data_dir_of, is_remote
-from nanogpt_jax.pretrained import CONV1D
+from nanogpt_jax.pretrained import (
+    check_is_gpt2, check_model_args, check_n_layer, gpt2_shapes, write_folder,
+)
+from nanogpt_jax.run_dir import data_dir_of, hold_out_dir, is_remote
 from nanogpt_jax.sharding import make_mesh
-from nanogpt_jax.tokenizer import end_of_text, load_vocabulary, make_tokenizer
+from nanogpt_jax.tokenizer import as_tokenizer, end_of_text, load_vocabulary
+from nanogpt_jax.torch_file import read_torch_file
 
 sys.excepthook = report_user_error
 quiet_orbax()
@@ -46,94 +50,86 @@ devices = select_devices('cpu')[:1]
 TX = create_optimizer(lambda it: 0.0, weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0)
 
 
-def parameter_names(weights):
-    """Names of the parameters in nanoGPT's order, without the tied head."""
-    def position(name):
-        parts = name.split('.')
-        block, module = 0, 0
-        if parts[1] == 'h':
-            block, module = int(parts[2]), ('ln_1', 'attn', 'ln_2', 'mlp').index(parts[3])
-        return (('wte', 'wpe', 'h', 'ln_f').index(parts[1]), block, module, 'c_proj' in parts,
-                parts[-1] == 'bias')
-    return sorted((name for name in weights if name != 'lm_head.weight'), key=position)
-
-
-def optimizer_names(weights):
+def optimizer_names(model_args):
     """Names in the two groups of nanoGPT's optimizer: (with weight decay, without)."""
-    names = parameter_names(weights)
-    return ([name for name in names if len(weights[name].shape) >= 2],
-            [name for name in names if len(weights[name].shape) < 2])
+    shapes = gpt2_shapes(model_args)
+    return ([name for name, shape in shapes.items() if len(shape) >= 2],
+            [name for name, shape in shapes.items() if len(shape) < 2])
 
 
 # -----------------------------------------------------------------------------
 # from nanoGPT's ckpt.pt
 
-def read_ckpt(path):
-    """Load a ckpt.pt, with weights_only so that it cannot run code. Raises UserError."""
-    torch = optional_import('torch')
-    if not os.path.isfile(path):
-        raise UserError(f'{path} is not a file; give a ckpt.pt of nanoGPT with --src')
-    try:
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # UnpicklingError if it would run code, nearly anything if damaged
-        raise UserError(f'cannot read {path} ({type(e).__name__}): it is damaged, or holds more '
-                        'than tensors and plain data') from e
+def read_ckpt():
+    """The ckpt.pt at src, whose parts have the right types. Raises UserError."""
+    if not os.path.isfile(src):
+        raise UserError(f'{src} is not a file; give a ckpt.pt of nanoGPT with --src')
+    ckpt = read_torch_file(src)
     wanted = {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'}
     if not isinstance(ckpt, dict) or wanted - ckpt.keys():
         found = sorted(map(str, ckpt)) if isinstance(ckpt, dict) else type(ckpt).__name__
-        raise UserError(f'{path} is no checkpoint of nanoGPT: it lacks some of {sorted(wanted)}, '
-                        f'and has {found}')
+        raise UserError(f'{src} is not a checkpoint of nanoGPT: it lacks some of {sorted(wanted)}, '
+                        f'and has {found!s:.200}')
+    for name in ('model', 'optimizer', 'model_args', 'config'):
+        if not isinstance(ckpt[name], dict):
+            raise UserError(f'{src}: {name} is a {type(ckpt[name]).__name__}; it must be a dict')
+    iter_num, best = ckpt['iter_num'], ckpt['best_val_loss']
+    if type(iter_num) is not int or not 0 <= iter_num < 2 ** 31:
+        raise UserError(f'{src}: iter_num is {iter_num!r:.50}; it must be an int of at least 0')
+    if not isinstance(best, (int, float, np.ndarray)) or np.size(best) != 1 or (
+            not math.isfinite(best)):
+        raise UserError(f'{src}: best_val_loss is {best!r:.50}; it must be a number')
     return ckpt
 
 
-def read_config(model_args):
-    """The GPTConfig of a checkpoint's model_args. Raises UserError if they are incomplete."""
-    if not isinstance(model_args, dict):
-        raise UserError(f'{src} has no dict of model_args, but {model_args!r}')
-    return GPTConfig.from_model_args(model_args)
-
-
 def read_weights(ckpt):
-    """{nanoGPT's name: float32 array} of a checkpoint's model."""
+    """{nanoGPT's name: float32 array} of a checkpoint's model. Raises UserError."""
     prefixes = ('_orig_mod.', 'module.')  # of torch.compile and of DDP
     weights = {}
     for name, tensor in ckpt['model'].items():
+        if not isinstance(name, str) or not isinstance(tensor, np.ndarray):
+            raise UserError(f'{src}: its model has {name!r:.50}, a {type(tensor).__name__}; it '
+                            'must have names and tensors')
         while name.startswith(prefixes):
             name = name.split('.', 1)[1]
         if not name.endswith('.attn.bias'):  # a buffer with the causal mask
-            weights[name] = tensor.float().numpy()
+            weights[name] = np.asarray(tensor, np.float32)
     return weights
+
+
+def read_config(ckpt, weights):
+    """The GPTConfig of a checkpoint. Raises UserError if its model_args are not usable."""
+    check_model_args(ckpt['model_args'], src)
+    check_n_layer(ckpt['model_args']['n_layer'], weights, src)
+    return GPTConfig.from_model_args(ckpt['model_args'])
 
 
 def model_with(config, weights):
     """A model with the given weights, {nanoGPT's name: array}."""
-    model = split_model(config)[0]
+    model = split_model(config).model
     load_torch_weights(model, weights)
     return model
 
 
-def read_moments(ckpt, weights):
+def read_moments(optimizer, names):
     """AdamW's state, as (exp_avg, exp_avg_sq, number of steps), the first two by nanoGPT's names;
-    None before the first step. Raises UserError."""
-    optimizer = ckpt['optimizer']
-    decayed, others = optimizer_names(weights)
+    None before the first step. names: of optimizer_names. Raises UserError."""
     try:
         order = [i for group in optimizer['param_groups'] for i in group['params']]
         state = optimizer['state']
         if not state:
             return None
-        if [len(g['params']) for g in optimizer['param_groups']] != [len(decayed), len(others)]:
-            raise ValueError(f'its groups have not {len(decayed)} and {len(others)} parameters')
+        if [len(g['params']) for g in optimizer['param_groups']] != [*map(len, names)]:
+            raise ValueError(f'its groups have not {len(names[0])} and {len(names[1])} parameters')
         exp_avg, exp_avg_sq = (
-            {name: state[i][key].float().numpy() for i, name in zip(order, decayed + others)}
+            {name: np.asarray(state[i][key], np.float32) for i, name in zip(order, sum(names, []))}
             for key in ('exp_avg', 'exp_avg_sq'))
         steps = {int(state[i]['step']) for i in order}
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        if len(steps) != 1 or not 0 <= min(steps) < 2 ** 31:
+            raise ValueError(f'it counts {sorted(steps)} steps')
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise UserError(f"{src} has an optimizer state that is not of nanoGPT's AdamW "
-                        f'({type(e).__name__}: {e})') from e
-    if len(steps) != 1:
-        raise UserError(f'{src} counts different numbers of optimizer steps for its parameters: '
-                        f'{sorted(steps)}')
+                        f'({type(e).__name__}: {e!s:.200})') from e
     return exp_avg, exp_avg_sq, steps.pop()
 
 
@@ -150,16 +146,15 @@ def set_moments(opt_state, mu, nu, steps, iter_num):
     return jax.tree.map(replaced, opt_state, is_leaf=lambda s: isinstance(s, kinds))
 
 
-def read_state(ckpt, config):
+def read_state(ckpt, config, weights):
     """(training state on this machine's CPU, whether it has the optimizer's moments)."""
-    weights = read_weights(ckpt)
     state = create_train_state(model_with(config, weights), TX)
-    moments = read_moments(ckpt, weights)
+    moments = read_moments(ckpt['optimizer'], optimizer_names(vars(config)))
     if moments:
         *trees, steps = moments
         mu, nu = (nnx.to_pure_dict(nnx.state(model_with(config, tree), nnx.Param))
                   for tree in trees)
-        state['opt_state'] = set_moments(state['opt_state'], mu, nu, steps, int(ckpt['iter_num']))
+        state['opt_state'] = set_moments(state['opt_state'], mu, nu, steps, ckpt['iter_num'])
     return jax.device_put(state, devices[0]), moments is not None
 
 
@@ -178,21 +173,26 @@ def vocabulary_of(config, data_dir):
 
 
 def nanogpt_to_run():
-    if steps_on_disk(dst):
-        raise UserError(f'{dst} holds checkpoints of another run; choose another --dst')
-    ckpt = read_ckpt(src)
-    config = read_config(ckpt['model_args'])
-    state, has_moments = read_state(ckpt, config)
+    ckpt = read_ckpt()
+    weights = read_weights(ckpt)
+    config = read_config(ckpt, weights)
+    state, has_moments = read_state(ckpt, config, weights)
     model_args = model_args_of(config)
     shape = {name: value for name, value in model_args.items() if name != 'vocab_size'}
-    settings = {'always_save_checkpoint': True} | ckpt['config'] | shape
+    settings = {name: value for name, value in ckpt['config'].items() if isinstance(name, str)
+                and (type(value) in (bool, float, str)
+                     or type(value) is int and abs(value) < 2 ** 63)}
+    settings = {'always_save_checkpoint': True} | settings | shape
     vocabulary = vocabulary_of(config, data_dir_of(str(settings.get('dataset', ''))))
-    iter_num = int(ckpt['iter_num'])
+    hold_out_dir(dst)
+    if steps_on_disk(dst):
+        raise UserError(f'{dst} holds checkpoints of another run; choose another --dst')
     with Checkpoints(dst) as checkpoints:
         checkpoints.save(state, dict(
-            iter_num=iter_num, best_val_loss=float(ckpt['best_val_loss']), model_args=model_args,
-            config=settings, chars=vocabulary))
-    print(f'{dst} has iteration {iter_num} of {src}, {"with" if has_moments else "without"} the '
+            iter_num=ckpt['iter_num'], best_val_loss=float(ckpt['best_val_loss']),
+            model_args=model_args, config=settings, chars=vocabulary))
+    print(f'{dst} has iteration {ckpt["iter_num"]} of {src}, '
+          f'{"with" if has_moments else "without"} the '
           "optimizer's moments; resume with: "
           f'python train_jax.py --init_from=resume --out_dir={dst}')
 
@@ -200,34 +200,39 @@ def nanogpt_to_run():
 # -----------------------------------------------------------------------------
 # from a run
 
-def read_run():
-    """(weights, first moments, second moments, Adam's count, the checkpoint's meta); the first
-    three by nanoGPT's names."""
-    checkpoints = Checkpoints(src, read_only=True)
-    _, meta, state = checkpoints.load(checkpoint, lambda meta: abstract_train_state(
-        GPTConfig.from_model_args(meta['model_args']), TX, make_mesh(devices)))
-    config = GPTConfig.from_model_args(meta['model_args'])
+def read_run(tx=None):
+    """(weights by nanoGPT's names, training state, its graphdef, the checkpoint's meta) of src.
 
-    def is_adam(s):
-        return isinstance(s, optax.ScaleByAdamState)
-    adam = next(filter(is_adam, jax.tree.leaves(state['opt_state'], is_leaf=is_adam)))
-    graphdef = split_model(config)[1]
-    trees = (export_torch_weights(nnx.merge(graphdef, tree))
-             for tree in (state['params'], adam.mu, adam.nu))
-    return *trees, int(adam.count), meta
+    Without an optimizer tx the state has params only. Raises UserError if it is not a GPT-2.
+    """
+    def abstract_of(meta):
+        config = GPTConfig.from_model_args(meta['model_args'])
+        state = abstract_train_state(config, tx or optax.identity(), make_mesh(devices))
+        return state if tx else {'params': state['params']}
+    _, meta, state = Checkpoints(src, read_only=True).load(checkpoint, abstract_of)
+    graphdef = split_model(GPTConfig.from_model_args(meta['model_args'])).eval_graphdef
+    model = nnx.merge(graphdef, state['params'])
+    weights = export_torch_weights(model)
+    check_is_gpt2(weights, meta['model_args'], src, lambda idx: np.asarray(model(idx, idx)[0]))
+    return weights, state, graphdef, meta
 
 
 def run_to_nanogpt():
     torch = optional_import('torch')
-    *trees, steps, meta = read_run()
-    weights, exp_avg, exp_avg_sq = ({name: torch.tensor(w) for name, w in tree.items()}
-                                    for tree in trees)
-    settings = meta['config']
-    decayed, others = optimizer_names(weights)
+    weights, state, graphdef, meta = read_run(TX)
+
+    def is_adam(s):
+        return isinstance(s, optax.ScaleByAdamState)
+    adam = next(filter(is_adam, jax.tree.leaves(state['opt_state'], is_leaf=is_adam)))
+    steps, settings = int(adam.count), meta['config']
+    weights, exp_avg, exp_avg_sq = (
+        {name: torch.tensor(w) for name, w in tree.items()} for tree in
+        (weights, *(export_torch_weights(nnx.merge(graphdef, m)) for m in (adam.mu, adam.nu))))
+    names = optimizer_names(meta['model_args'])
     # a real AdamW, so that its state has the format of the installed torch
-    groups = [{'params': [torch.nn.Parameter(weights[name]) for name in names],
+    groups = [{'params': [torch.nn.Parameter(weights[name]) for name in group],
                'weight_decay': decay}
-              for names, decay in ((decayed, settings.get('weight_decay', 0.1)), (others, 0.0))]
+              for group, decay in zip(names, (settings.get('weight_decay', 0.1), 0.0))]
     betas = settings.get('beta1', 0.9), settings.get('beta2', 0.95)
     optimizer = torch.optim.AdamW(groups, lr=settings.get('learning_rate', 6e-4),
                                   betas=betas).state_dict()
@@ -235,9 +240,9 @@ def run_to_nanogpt():
         optimizer['state'] = {
             i: {'step': torch.tensor(float(steps)), 'exp_avg': exp_avg[name],
                 'exp_avg_sq': exp_avg_sq[name]}
-            for i, name in enumerate(decayed + others)}
-    names = [*parameter_names(weights), 'lm_head.weight']
-    ckpt = {'model': {name: weights[name] for name in names},
+            for i, name in enumerate(sum(names, []))}
+    order = [*gpt2_shapes(meta['model_args']), 'lm_head.weight']
+    ckpt = {'model': {name: weights[name] for name in order},
             'optimizer': optimizer, 'model_args': meta['model_args'], 'iter_num': meta['iter_num'],
             'best_val_loss': meta['best_val_loss'], 'config': settings}
     os.makedirs(os.path.dirname(os.path.abspath(dst)), exist_ok=True)
@@ -247,43 +252,18 @@ def run_to_nanogpt():
           "nanoGPT resumes it from its out_dir with --init_from=resume")
 
 
-def hf_config(args, vocabulary):
-    """The config.json of a GPT-2 with these model_args and this vocabulary."""
-    end = None
-    if isinstance(vocabulary, str):
-        end = end_of_text(make_tokenizer(vocabulary, src)[0])
-    elif args['vocab_size'] > 50256:
-        end = 50256  # GPT-2's <|endoftext|>
-    sizes = {name: args[name] for name in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
-    dropout = {f'{part}_pdrop': args['dropout'] for part in ('attn', 'embd', 'resid')}
-    return dict(architectures=['GPT2LMHeadModel'], model_type='gpt2',
-                activation_function='gelu',  # the exact form
-                n_positions=args['block_size'], **sizes, layer_norm_epsilon=1e-5,
-                tie_word_embeddings=True, dtype='float32', bos_token_id=end, eos_token_id=end,
-                **dropout)
-
-
 def run_to_hf():
-    save_file = optional_import('safetensors.numpy').save_file
     weights, *_, meta = read_run()
-    names = parameter_names(weights)
-    tensors = {name: np.ascontiguousarray(weights[name].T) if name.endswith(CONV1D)
-               else weights[name] for name in names}
-    for name in names:  # GPT-2 has all biases; zeros where the model has none
-        if name.endswith('.weight') and name.split('.')[-2] not in ('wte', 'wpe'):
-            bias = np.zeros(weights[name].shape[0], np.float32)
-            tensors.setdefault(name.removesuffix('weight') + 'bias', bias)
+    args, vocabulary = meta['model_args'], meta['chars']
+    known = vocabulary or vocabulary is None and args['vocab_size'] >= 50257
+    if not known:
+        print(f'WARNING: {src} does not know the text of its tokens, so {dst} has no tokenizer')
     part = dst.rstrip('/\\') + '.part'
-    os.makedirs(part, exist_ok=True)
-    save_file(tensors, os.path.join(part, 'model.safetensors'), metadata={'format': 'pt'})
-    with open(os.path.join(part, 'config.json'), 'w', encoding='utf-8') as f:
-        json.dump(hf_config(meta['model_args'], meta['chars']), f, indent=1)
-    if isinstance(meta['chars'], str):
-        with open(os.path.join(part, 'tokenizer.json'), 'w', encoding='utf-8') as f:
-            f.write(meta['chars'])
+    tokenizer = as_tokenizer(vocabulary, src) if known else None
+    write_folder(part, weights, args, tokenizer, tokenizer and end_of_text(tokenizer))
     os.replace(part, dst)
-    print(f'{dst} has iteration {meta["iter_num"]} of {src}, '
-          'for transformers.GPT2LMHeadModel.from_pretrained')
+    print(f"{dst} has iteration {meta['iter_num']} of {src}, for "
+          f"transformers.pipeline('text-generation', {dst!r})")
 
 
 makers = {'jax': nanogpt_to_run, 'nanogpt': run_to_nanogpt, 'hf': run_to_hf}

@@ -135,15 +135,23 @@ class Batches:
     def evaluation(self, split):
         """Yield x, y (B, block_size), the same in every run; targets of padding are -1."""
         self._warn_if_changed(split)
-        offsets = np.concatenate([
-            batch_offsets(self.batch_size, self._n_offsets(split), 0, k, EVAL)
-            for k in range(self.eval_iters)])
+        offsets = self._evaluation_offsets(split)
         n_devices = self.layout.mesh.size
         largest = n_devices * self.layout.micro_batch_size
         B = min(largest, math.ceil(len(offsets) / n_devices) * n_devices)
         padding = -len(offsets) % B
         for part in np.pad(offsets, (0, padding), constant_values=-1).reshape(-1, B):
             yield self._load(split, part)
+
+    def bytes_per_token(self, split, n_bytes):
+        """Mean bytes of text of a target of evaluation(split); n_bytes: those of each id."""
+        targets = self._read(split, self._evaluation_offsets(split))[:, 1:]
+        return float(np.asarray(n_bytes)[targets].mean())
+
+    def _evaluation_offsets(self, split):
+        return np.concatenate([
+            batch_offsets(self.batch_size, self._n_offsets(split), 0, k, EVAL)
+            for k in range(self.eval_iters)])
 
     def _path(self, split):
         return run_dir.join(self.data_dir, f'{split}.bin')

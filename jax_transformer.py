@@ -21,7 +21,7 @@ from nanogpt_jax.ops import (
     causal_attention, cross_entropy, dropout, einsum, fused_attention, gelu, matmul,
     normalize, splash_attention,
 )
-from nanogpt_jax.sampling import stream_tokens
+from nanogpt_jax.sampling import Sampler, stream_tokens
 
 # what a changed model computes in another way, such as {'norm': 'rmsnorm'}: checkpoints store it,
 # and are read only by a model with the same
@@ -363,7 +363,8 @@ class GPT(nnx.Module):
         key: a jax.random key, needed unless temperature is 0 or top_k is 1. n_vocab: ids from here
         on are padding, never sampled.
         """
-        new = stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, key, n_vocab)
+        sampler = Sampler(temperature, top_k, top_p, n_vocab)
+        new = stream_tokens(self, idx, max_new_tokens, sampler, key)
         return jnp.concatenate([jnp.asarray(idx), *new], axis=1)
 
 

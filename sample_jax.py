@@ -22,7 +22,7 @@ from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.launch import keep_stdout_for_samples
 from nanogpt_jax.sampling import (
-    Continuation, check_sampling_memory, check_sampling_settings, stream_tokens,
+    Continuation, Sampler, check_sampling_memory, check_sampling_settings, stream_tokens,
 )
 from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import get_tokenizer, read_prompt
@@ -61,7 +61,7 @@ if num_samples < 0 or num_samples == 0 and not interactive:
     raise UserError(f'num_samples is {num_samples}; it must be at least 1, '
                     'or 0 with --interactive=True')
 check_settings(config)
-check_sampling_settings(max_new_tokens, temperature, top_k, top_p)
+check_sampling_settings(max_new_tokens, Sampler(temperature, top_k, top_p))
 if 'compile' in given:
     print('--compile has no counterpart here and is ignored: XLA always compiles')
 devices = select_devices(device)
@@ -93,6 +93,8 @@ if n_vocab > model.config.vocab_size:
     raise UserError(f'the tokenizer has {n_vocab} tokens, the model only '
                     f'{model.config.vocab_size}: it was trained with another tokenizer')
 
+sampler = Sampler(temperature, top_k, top_p, n_vocab)
+
 def say(text):
     print(text, end='', file=samples_out, flush=True)
 
@@ -123,8 +125,7 @@ def sample(prompt, key, first, n):
     if stream:
         say(prompt)
     chunk = 1 if stream else 16 if stop else None # tokens between checks whether all have ended
-    for tokens in stream_tokens(model, idx, max_new_tokens, temperature, top_k, top_p, key, n_vocab,
-                                chunk, first):
+    for tokens in stream_tokens(model, idx, max_new_tokens, sampler, key, chunk, first):
         new = [text.add(ids) for text, ids in zip(texts, tokens.tolist())]
         if stream:
             say(new[0])

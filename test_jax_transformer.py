@@ -25,12 +25,16 @@ from flax import nnx
 
 import jax_train_utils as utils
 import jax_transformer
-from jax_transformer import GPT, GPTConfig, export_torch_weights, load_torch_weights
+from jax_transformer import (
+    GPT, CausalSelfAttention, GPTConfig, Linear, export_torch_weights, load_torch_weights,
+)
 from nanogpt_jax import devices, launch, sharding, tokenizer
 from nanogpt_jax.checkpoint import Checkpoints, checksum
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.ops import cross_entropy, matmul
-from nanogpt_jax.sampling import Continuation, filter_logits, sampling_weights, stream_tokens
+from nanogpt_jax.sampling import (
+    Continuation, Sampler, filter_logits, sampling_weights, stream_tokens,
+)
 
 TESTDATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'testdata')
 COMPILER, PARITY = 'XLA on this machine', 'parity with nanoGPT'
@@ -60,13 +64,13 @@ def area(name):
     return mark
 
 
-def tiny(**changes):
+def tiny(model=GPT, **changes):
     """A small model with random weights, the same in every call.
 
     NumPy makes them: compiling the real initialization for every shape would take most of the
     suite's time.
     """
-    model = nnx.eval_shape(lambda: GPT(GPTConfig(**(TINY | changes)), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: model(GPTConfig(**(TINY | changes)), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         p.set_value(jnp.asarray(rng.normal(path[-1] == 'scale', 0.02, p.shape), jnp.float32))
@@ -402,6 +406,24 @@ def test_invalid_configurations_are_refused():
 
 
 @area('model creation')
+def test_a_checkpoints_model_args_are_read_back_and_those_of_another_model_are_refused():
+    config = GPTConfig(**TINY, dropout=0.1, dtype='bfloat16', remat=True)
+    args, read = jax_transformer.model_args(config), GPTConfig.from_model_args
+    assert args.keys() == TINY.keys() | {'bias', 'dropout'}
+    assert read(args, dtype='bfloat16', remat=True) == config
+    assert read({k: v for k, v in args.items() if k != 'dropout'}).dropout == 0.0
+    assert_refused(lambda: read({k: v for k, v in args.items() if k != 'n_head'}), 'lacks n_head')
+    changed = args | {'norm': 'rmsnorm'}
+    assert_refused(lambda: read(changed), 'written by another model', "{'norm': 'rmsnorm'}")
+    jax_transformer.VARIANT['norm'] = 'rmsnorm'
+    try:
+        assert jax_transformer.model_args(config) == changed
+        assert_refused(lambda: read(args), 'written by another model', "{'norm': 'rmsnorm'}")
+    finally:
+        jax_transformer.VARIANT.clear()
+
+
+@area('model creation')
 def test_weights_that_do_not_fit_are_all_named_and_nothing_changes():
     model, weights = tiny(), export_torch_weights(tiny(n_embd=16))
     weights.pop('transformer.ln_f.bias')
@@ -730,6 +752,56 @@ def test_cached_generation_equals_the_full_forward_pass():
         np.testing.assert_array_equal(model.generate(x, 20, temperature=0), want)
 
 
+class ChangedAttention(CausalSelfAttention):
+    """Half of the values' heads, each for two heads of queries, which turn with their position."""
+
+    def to_heads(self, x, splash=False):
+        q, k, v = super().to_heads(x, splash)
+        return q, k[:, :, :1], v[:, :, :1]
+
+    def __call__(self, x, rngs=None, cache=None):
+        x = x * jnp.cos((cache.start if cache else 0) + jnp.arange(x.shape[1]))[:, None]
+        return super().__call__(x.astype(self.dtype), rngs, cache or AllPositions())
+
+
+class AllPositions:
+    def attend(self, q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+class ChangedGPT(GPT):
+    """Another attention, and a head of its own, whose logits change their sign."""
+
+    def __init__(self, config, *, rngs):
+        super().__init__(config, rngs=rngs)
+        for block in self.transformer.h:
+            block.attn = ChangedAttention(config, rngs=rngs)
+            block.attn.dtype = config.dtype
+        self.lm_head = Linear(config.n_embd, config.vocab_size, config, rngs=rngs)
+
+    def head_kernel(self):
+        return self.lm_head.kernel[...]
+
+    def head(self, x, kernel=None):
+        return -super().head(x, kernel)
+
+
+@area('generation')
+def test_a_changed_model_is_sampled_as_its_forward_pass_computes():
+    for dtype, tolerance in (('float32', 1e-4), ('bfloat16', 2 ** -5)):  # of logits around 3
+        model = tiny(ChangedGPT, dtype=dtype, n_layer=2, bias=False)
+        nnx.update(model, jax.tree.map(lambda p: 10 * p, nnx.state(model, nnx.Param)))
+        assert model.empty_cache(3, 8)[1][0].shape == (3, 1, 8, 16)
+        y = np.asarray(model.generate(tokens(2, 5), 20, temperature=0))
+        full = jax.jit(lambda x: model(x, x)[0])  # noqa: B023
+        for t in range(5, 25):  # 16 is block_size
+            seen = y[:, max(0, t - 16):t]
+            logits = full(np.pad(seen, ((0, 0), (0, 16 - seen.shape[1]))))[:, seen.shape[1] - 1]
+            logits = np.float32(logits)
+            chosen = np.take_along_axis(logits, y[:, t:t + 1], axis=1)[:, 0]
+            assert (chosen >= logits.max(-1) - tolerance).all(), (dtype, t)
+
+
 @area('generation')
 def test_tokens_are_sampled_from_the_models_distribution():
     # a vocabulary of 7, of which 5 and 6 are padding; the second token is sampled from the cache
@@ -750,9 +822,9 @@ def test_chunks_and_a_sequence_alone_give_the_tokens_of_the_full_batch():
     model, x, key = tiny(), tokens(3, 5), jax.random.key(1)
     want = np.asarray(model.generate(x, 20, key=key))[:, 5:]
     for chunk in (1, 7):
-        chunks = list(stream_tokens(model, x, 20, key=key, chunk=chunk))
+        chunks = list(stream_tokens(model, x, 20, Sampler(), key, chunk))
         np.testing.assert_array_equal(np.concatenate(chunks, axis=1), want)
-    alone = list(stream_tokens(model, x[1:2], 20, key=key, first=1))
+    alone = list(stream_tokens(model, x[1:2], 20, Sampler(), key, first=1))
     np.testing.assert_array_equal(np.concatenate(alone, axis=1), want[1:2])
 
 
@@ -1078,18 +1150,21 @@ def test_a_checkpoint_is_restored_bit_for_bit():
 @area('checkpoint round trip')
 def test_the_latest_and_the_best_checkpoint_are_kept():
     state = toy_state()
+    def abstract(meta):
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state)
     with tempfile.TemporaryDirectory() as folder:
         with Checkpoints(folder) as checkpoints:
             for iter_num, val_loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
                 save(checkpoints, state, iter_num, val_loss, always_save_checkpoint=False)
         with Checkpoints(folder) as checkpoints:
             assert checkpoints.steps() == [2, 4]
-            found = [checkpoints.candidates(name) for name in ('latest', 'best', 'auto', '4')]
-            assert found == [[4, 2], [2], [2, 4], [4]]
-            assert_refused(lambda: checkpoints.candidates('3'), "'3'", '[2, 4]')
+            names = 'latest', 'best', 'auto', '4'
+            assert [checkpoints.load(name, abstract)[0] for name in names] == [4, 2, 2, 4]
+            assert_refused(lambda: checkpoints.load('3', abstract), "'3'", '[2, 4]')
             assert_refused(lambda: save(checkpoints, state, 2), 'not saved')
             save(checkpoints, state, 5, always_save_checkpoint=True)
-        assert Checkpoints(folder, read_only=True).candidates('auto')[0] == 5
+        assert Checkpoints(folder, read_only=True).load('auto', abstract)[0] == 5
 
 
 @area('checkpoint round trip')
@@ -1125,8 +1200,8 @@ def test_a_flipped_bit_is_detected():
             byte = f.read(1)[0]
             f.seek(20)
             f.write(bytes([byte ^ 1]))
-        assert_refused(lambda: checkpoints.load('1', lambda meta: abstract), 'is damaged')
         with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert_refused(lambda: checkpoints.load('1', lambda meta: abstract), 'is damaged')
             assert_refused(lambda: checkpoints.load('latest', lambda meta: abstract),
                            'no checkpoint', 'is valid')
         assert 'is damaged' in out.getvalue() and 'it is not used' in out.getvalue()
@@ -1248,7 +1323,7 @@ def test_training_follows_nanogpts_trajectory():
 # -----------------------------------------------------------------------------
 
 def main():
-    """Run every test; print a line for each area, and the claims that fail. Returns the exit code."""
+    """Run every test; print a line for each area and the claims that fail. Returns 1 if any do."""
     areas, failed = {}, []
     for test in [f for name, f in globals().items() if name.startswith('test_')]:
         areas.setdefault(test.area, []).append(test)

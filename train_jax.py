@@ -31,7 +31,7 @@ from nanogpt_jax.launch import keep_stdout_open, start_processes
 from nanogpt_jax.run_dir import MetricsFile, data_dir_of, hold_out_dir
 from nanogpt_jax.sharding import choose_layout, choose_micro_batch_size, state_bytes
 from nanogpt_jax.signals import StopRequest
-from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
+from nanogpt_jax.tokenizer import bytes_of_tokens, find_vocabulary, load_vocabulary
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 keep_stdout_open()
@@ -200,7 +200,7 @@ for name, tensors in zip(('decayed', 'non-decayed'), utils.decay_groups(state['p
 on_device, full = (n_bytes / 1e6 for n_bytes in state_bytes(state))
 print(f"mesh: data {mesh.shape['data']} x fsdp {fsdp}, {layout.micro_steps} micro-steps per "
       f'iteration, {on_device:,.1f} MB of the {full:,.1f} MB of training state on each device')
-peak = mesh.size * peak_flops(devices[0]) # nan if it is not known
+peak = mesh.size * peak_flops(devices[0])
 print(describe_peak(devices[0], mesh.size))
 fastest = model.estimate_mfu(layout.global_batch_size, 1.0, peak) # seconds per iteration
 if devices[0].platform == 'cpu' and fastest > 10:
@@ -223,7 +223,11 @@ def evaluate(stop=None):
     return {'train/loss': losses['train'], 'val/loss': losses['val']}
 
 if eval_only:
-    evaluate()
+    losses = evaluate()
+    if vocabulary != []: # an empty one has only its size
+        per_token = batches.bytes_per_token('val', bytes_of_tokens(vocabulary))
+        bits = losses['val/loss'] / np.log(2) / per_token
+        print(f'val loss in bits per byte: {bits:.4f} ({per_token:.2f} bytes per token)')
     sys.exit()
 
 # logging, by process 0 only; a resumed run keeps its wandb id, even if it was off meanwhile

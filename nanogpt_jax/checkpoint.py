@@ -38,6 +38,7 @@ ARRAYS = 'params', 'optimizer'  # the items with arrays
 VAL_LOSS = 'val_loss.json'  # losses that were measured after the checkpoint was saved
 UNFINISHED = 'unfinished.json'  # names the folders that a save is writing or deleting
 MEASURE = 'dataset', 'block_size', 'batch_size', 'eval_iters'  # settings of an evaluation
+ITERATION = '0|[1-9][0-9]*'
 TRIAL = 'save-test'  # the folder of a checkpoint of a few bytes
 
 
@@ -157,7 +158,7 @@ def read_meta(folder):
 def numbered(out_dir):
     """The names of iterations in a folder, ascending, whoever has written them."""
     names = run_dir.listdir(out_dir) if run_dir.is_dir(out_dir) else []
-    return sorted((name for name in names if re.fullmatch('0|[1-9][0-9]*', name)), key=int)
+    return sorted((name for name in names if re.fullmatch(ITERATION, name)), key=int)
 
 
 def find_checkpoints(out_dir):
@@ -201,6 +202,10 @@ def names_and_shapes(tree):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def fingerprint(shapes):
+    return zlib.crc32(json.dumps(sorted(shapes.items())).encode())
+
+
 def saved_shapes(folder, item):
     """{name: shape} of the arrays that an item of a checkpoint says it has. Raises any error."""
     return names_and_shapes(ocp.StandardCheckpointHandler().metadata(
@@ -212,14 +217,12 @@ def difference(saved, wanted):
     def some(names):
         names = [re.sub(r'\.(embedding|kernel|scale)$', '', name) for name in sorted(names)]
         return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-    texts = []
     if extra := saved.keys() - wanted.keys():
-        texts.append(f'it has {some(extra)}, this one has not')
+        return f'it has {some(extra)}, this one has not'
     if missing := wanted.keys() - saved.keys():
-        texts.append(f'it has no {some(missing)}')
-    texts += [f'its {some([name])} has the shape {saved[name]}, not {shape}'
-              for name, shape in wanted.items() if saved.get(name, shape) != shape]
-    return '; '.join(texts[:3])
+        return f'it has no {some(missing)}, this one has'
+    changed = [name for name in wanted if saved[name] != wanted[name]]
+    return f'it has other shapes of {some(changed)}' if changed else ''
 
 
 # -----------------------------------------------------------------------------
@@ -266,44 +269,36 @@ def describe_failure(folder, error):
         return ''
     if is_damage(error):
         return f'damaged {damaged(folder, error)}'
-    return f'stop {error}' if isinstance(error, UserError) else (
-        f'stop cannot read {folder}: {type(error).__name__}: {one_line(error)[:300]}')
+    if isinstance(error, UserError):
+        return f'stop {error}'
+    return f'stop cannot read {folder}: {type(error).__name__}: {one_line(error)[:300]}'
 
 
 # -----------------------------------------------------------------------------
 # several processes
 
-def remove_if_there(path):
-    if run_dir.exists(path) and not os.path.islink(path):
-        run_dir.remove_tree(path)
+def from_all_processes(text):
+    """The texts of all processes, on all processes."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(errors='replace'), np.uint8)
+    size = 1 + int(np.max(multihost_utils.process_allgather(np.int32(data.size))))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, size - data.size)))
+    return [row.tobytes().rstrip(b'\0').decode() for row in rows]
 
 
 def from_process_0(read, *args):
     """read(*args) of process 0, which JSON can hold, or its error, on all processes."""
-    if jax.process_count() == 1:
-        return read(*args)
     answer, error = {}, None
     if jax.process_index() == 0:
         try:
             answer = {'value': read(*args)}
         except Exception as e:
             answer, error = {'error': one_line(e)}, e
-    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    size = multihost_utils.broadcast_one_to_all(np.int32(text.size))
-    text = multihost_utils.broadcast_one_to_all(np.resize(text, int(size)))
-    answer = json.loads(text.tobytes())
+    answer = json.loads(from_all_processes(json.dumps(answer))[0])
     if 'error' in answer:
         raise error or UserError(answer['error'])
     return answer['value']
-
-
-def from_all_processes(text):
-    """The texts of all processes, each cut after 1000 bytes."""
-    if jax.process_count() == 1:
-        return [text]
-    row = np.frombuffer(text.encode(errors='replace')[:1000].ljust(1000, b'\0'), np.uint8)
-    rows = multihost_utils.process_allgather(row)
-    return [row.tobytes().rstrip(b'\0').decode(errors='replace') for row in rows]
 
 
 # -----------------------------------------------------------------------------
@@ -409,16 +404,15 @@ class Checkpoints:
         path = join(self.out_dir, UNFINISHED)
         if not self.is_writer or not run_dir.exists(path):
             return
-        names = []
         with contextlib.suppress(ValueError):  # cut off by a crash
-            names = read_json(path)
-        complete = [*map(str, self.steps())]
-        for name in [TRIAL, *numbered(self.out_dir)]:
-            if name in names and name not in complete:
-                remove_if_there(self.folder(name))
-        for name in names:
-            if re.fullmatch(f'{TRIAL}|[0-9]+', str(name)):  # the file may come from elsewhere
-                remove_if_there(self.folder(name) + ocp.utils.TMP_DIR_SUFFIX)
+            complete = [*map(str, self.steps())]
+            for name in map(str, read_json(path)):
+                # the file may come from elsewhere
+                if re.fullmatch(f'{TRIAL}|{ITERATION}', name) and name not in complete:
+                    for suffix in ('', ocp.utils.TMP_DIR_SUFFIX):
+                        left = self.folder(name + suffix)
+                        if run_dir.exists(left) and not os.path.islink(left):
+                            run_dir.remove_tree(left)
         self._note([])
 
     def _write(self, path, meta, arrays):
@@ -442,31 +436,37 @@ class Checkpoints:
         validation loss at this iteration, if evaluated; the checkpoint can then be the best. Raises
         UserError if the save before has failed, or if this iteration or a later one is there.
         """
-        self._finish()
         t0, step = time.perf_counter(), meta['iter_num']
-        self._rename_damaged()
-        self.check_free([step])
-        if later := [s for s in self.steps() if s >= step and s not in self.damaged]:
-            raise UserError(f'{self.out_dir} already has checkpoint {later[-1]}, so {step} was not '
-                            'saved: choose another --out_dir')
+        self._finish()
         arrays = split_items(state)
-        meta = seal(meta | dict(val_loss=val_loss, checksums={
-            item: checksums_of(tree) for item, tree in arrays.items()}))
         shapes = {item: names_and_shapes(tree) for item, tree in arrays.items()}
+        meta = seal(meta | dict(
+            val_loss=val_loss,
+            checksums={item: checksums_of(tree) for item, tree in arrays.items()},
+            trees={item: fingerprint(found) for item, found in shapes.items()}))
         try:
+            if self.is_writer:
+                self._make_room(step)
+            self.damaged.clear()  # their numbers are free again
             self._note([step])
             self._write(run_dir.absolute(self.folder(step)), meta, arrays)
+        except UserError:
+            raise
         except Exception as e:  # errors of the file system arrive as many types
             raise self._failed(e) from e
         self.saving = step, self.background.submit(self._complete, step, meta['crc32'], shapes)
         self.blocked, self.saves = self.blocked + time.perf_counter() - t0, self.saves + 1
 
-    def _rename_damaged(self):
-        """Rename damaged checkpoints to damaged-<iter_num>-<time>: a later save may have their
-        number, and nothing is deleted that someone may want to look at."""
-        for step in [s for s in self.damaged if self.is_writer and s in self.steps()]:
-            run_dir.replace(self.folder(step),
-                            join(self.out_dir, f'damaged-{step}-{time.time_ns()}'))
+    def _make_room(self, step):
+        """Rename damaged checkpoints to damaged-<iter_num>-<time>. Raises UserError if there is
+        another one from `step` on."""
+        for name in [s for s in self.damaged if s in self.steps()]:
+            run_dir.replace(self.folder(name),
+                            join(self.out_dir, f'damaged-{name}-{time.time_ns()}'))
+        self.check_free([step])
+        if (later := max(self.steps(), default=-1)) >= step:
+            raise UserError(f'{self.out_dir} already has checkpoint {later}, so {step} was not '
+                            'saved: choose another --out_dir')
 
     def _complete(self, step, crc32, shapes):
         """In the background: wait for a save, read it back, and delete what is no longer kept."""
@@ -585,15 +585,14 @@ class Checkpoints:
         arrays are checked when they are read. Raises UserError if there is none."""
         return from_process_0(self._choose, 'latest')
 
-    def candidates(self, checkpoint='auto'):
-        """The iterations that 'latest', 'best', a number or 'auto' stands for, first choice first.
+    def _choose(self, checkpoint):
+        """(iteration, meta) of the first choice for 'latest', 'best', a number or 'auto', among
+        those not known to be damaged.
 
         auto is the best if the run saved improvements only (as nanoGPT's single file would be),
-        else the latest. Raises UserError for a checkpoint that is absent or damaged.
+        else the latest. Raises UserError if there is none.
         """
-        return self._candidates(checkpoint, self._intact())
-
-    def _candidates(self, checkpoint, metas):
+        metas = self._intact()
         known = sorted([*metas, *self.damaged])
         if checkpoint not in ('auto', 'latest', 'best', *map(str, known)):
             raise UserError(f'no checkpoint {checkpoint!r} in {self.out_dir}: give auto, latest, '
@@ -605,21 +604,17 @@ class Checkpoints:
                             '--out_dir' if known else
                             f'no checkpoint in {self.out_dir}: train first, or give another '
                             '--out_dir')
-        latest = next(iter(metas.values()))['config']
-        best = self._best(metas).get(tuple(measure(latest)), (None, None))[1]
+        step = max(metas)
+        settings = metas[step]['config']
+        best = self._best(metas).get(tuple(measure(settings)), (None, None))[1]
         if checkpoint == 'best' and best is None:
             raise UserError(f'no checkpoint in {self.out_dir} has a validation loss, so none is '
                             'the best; use --checkpoint=latest')
-        if checkpoint == 'auto' and not latest['always_save_checkpoint']:
-            return sorted(metas, key=lambda step: step != best)
-        if checkpoint in ('auto', 'latest'):
-            return [*metas]
-        return [best if checkpoint == 'best' else int(checkpoint)]
-
-    def _choose(self, checkpoint):
-        """(iteration, meta) of the first candidate."""
-        metas = self._intact()
-        step = self._candidates(checkpoint, metas)[0]
+        improvements_only = best is not None and not settings['always_save_checkpoint']
+        if checkpoint == 'best' or checkpoint == 'auto' and improvements_only:
+            step = best
+        elif checkpoint not in ('auto', 'latest'):
+            step = int(checkpoint)
         return step, metas[step]
 
     def load(self, checkpoint, abstract_of):
@@ -634,6 +629,8 @@ class Checkpoints:
         while True:
             step, meta = from_process_0(self._choose, checkpoint)
             arrays = self._read(step, meta, split_items(abstract_of(meta)))
+            if not arrays and step in self.damaged and checkpoint not in ('auto', 'latest'):
+                raise UserError(f'{self.damaged[step]}; try --checkpoint=latest')
             if arrays:
                 state = {'params': arrays['params'], **arrays.get('optimizer', {})}
                 return Loaded(step, meta, state)
@@ -645,18 +642,20 @@ class Checkpoints:
         folder, arrays, error = self.folder(step), {}, None
         try:
             for item, tree in abstract.items():
-                self._compare_trees(folder, item, tree)
+                self._compare_trees(step, meta, item, tree)
                 arrays[item] = restore(folder, item, tree)
         except Exception as e:  # of many types
             error = e
-        for failure in sorted(from_all_processes(describe_failure(folder, error)), reverse=True):
-            kind, _, text = failure.partition(' ')
-            if kind == 'stop':
-                raise error if isinstance(error, ABOUT_MEMORY) else UserError(text)
-            if kind == 'damaged':
-                if read_meta(folder):  # else a run beside has deleted it
-                    self._give_up_on(step, DamagedError(text))
-                return None
+        failures = from_all_processes(describe_failure(folder, error))
+        kind, _, text = max(failures).partition(' ')  # 'stop' outranks 'damaged'
+        if len(failures) > 1:
+            text += f' (in process {failures.index(max(failures))})'
+        if kind == 'stop':
+            raise error if isinstance(error, ABOUT_MEMORY) else UserError(text)
+        if kind == 'damaged':
+            if read_meta(folder):  # else a run beside has deleted it
+                self._give_up_on(step, DamagedError(text))
+            return None
         if changed := [item for item in arrays
                        if checksums_of(arrays[item]) != meta['checksums'][item]]:
             self._give_up_on(step, damaged(folder, ValueError(
@@ -664,8 +663,11 @@ class Checkpoints:
             return None
         return arrays
 
-    def _compare_trees(self, folder, item, tree):
-        if text := difference(saved_shapes(folder, item), names_and_shapes(tree)):
+    def _compare_trees(self, step, meta, item, tree):
+        wanted = names_and_shapes(tree)
+        if meta.get('trees', {}).get(item) == fingerprint(wanted):
+            return
+        if text := difference(saved_shapes(self.folder(step), item), wanted):
             other = 'model' if item == 'params' else 'optimizer'
             raise UserError(f'{self.out_dir} was written by another {other}: {text}; use the code '
                             'that wrote it, or start again with another --out_dir')

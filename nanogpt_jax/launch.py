@@ -166,45 +166,42 @@ def start_processes(device, heartbeat_timeout):
     if heartbeat_timeout < 1:
         raise UserError(f'heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second')
     launcher, (rank, count) = find_launcher(), process_rank()
-    on_tpu, arguments = has_tpu(device), {}
-    if launcher == BY_HAND:
-        arguments = by_hand_arguments()
-    elif launcher == TORCHRUN and count > 1:
-        arguments = torchrun_arguments()
-    if launcher in (BY_HAND, TORCHRUN):
-        arguments |= dict(num_processes=count, process_id=rank)
-        if on_tpu:  # JAX would ask Google's metadata server for what it knows already
-            arguments['cluster_detection_method'] = 'deactivate'
-    if not (count > 1 if launcher else on_tpu and has_tpu_workers()):
+    if not (count > 1 if launcher else has_tpu(device) and has_tpu_workers()):
         return rank
-    address = arguments.get('coordinator_address')
-    if rank == 0 and address:
-        check_port(address)
+    arguments = launcher_arguments(launcher, rank, count, has_tpu(device))
     processes = f'{count} processes' if launcher else "the TPU's processes"
-    processes += f' at {address}' if address else ''
+    if address := arguments.get('coordinator_address'):
+        processes += f' at {address}'
+        if rank == 0:
+            check_port(address)
     print(f'waiting for {processes}', flush=True)
-    with one_line_timeout(heartbeat_timeout, rank, processes):
-        connect(arguments, heartbeat_timeout)
-    rank = rank if launcher else jax.process_index()
-    errors.process_label = f' in process {rank}'
-    silence_other_processes(rank)
-    return rank
-
-
-def connect(arguments, heartbeat_timeout):
-    """jax.distributed.initialize. Raises UserError if JAX is in use already."""
     # its handler of SIGTERM would keep a run from being ended until training begins
     jax.config.update('jax_enable_preemption_service', False)
     try:
-        # waits longer than one_line_timeout, since it ends with SIGABRT and a stack of C++ calls
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_timeout,
-                                   initialization_timeout=heartbeat_timeout + 60)
+        with one_line_timeout(heartbeat_timeout, rank, processes):
+            # waits longer than that, since it ends with SIGABRT and a stack of C++ calls
+            jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_timeout,
+                                       initialization_timeout=heartbeat_timeout + 60)
     except RuntimeError as e:
         if 'must be called before' not in str(e):
             raise
         raise UserError('several processes must be connected before JAX is used, and this one has '
                         'used it already: start the script as a process of its own, not inside a '
                         'notebook') from e
+    rank = rank if launcher else jax.process_index()
+    errors.process_label = f' in process {rank}'
+    silence_other_processes(rank)
+    return rank
+
+
+def launcher_arguments(launcher, rank, count, on_tpu):
+    """The arguments of jax.distributed.initialize that JAX does not find by itself."""
+    if launcher not in (BY_HAND, TORCHRUN):
+        return {}
+    arguments = by_hand_arguments() if launcher == BY_HAND else torchrun_arguments()
+    if on_tpu:  # JAX would ask Google's metadata server for what it knows already
+        arguments['cluster_detection_method'] = 'deactivate'
+    return arguments | dict(num_processes=count, process_id=rank)
 
 
 @contextlib.contextmanager

@@ -111,7 +111,10 @@ def replace(path, new_path):
 def remove_tree(path):
     """Delete a file, or a folder with all that is in it."""
     with reached(path) as p:
-        p.rmtree() if p.is_dir() else p.unlink()
+        if p.is_dir():
+            p.rmtree()
+        else:
+            p.unlink()
 
 
 @contextlib.contextmanager
@@ -121,7 +124,7 @@ def open_file(path, mode='r', errors=None):
     kwargs = {} if 'b' in mode else {'encoding': 'utf-8', 'errors': errors}
     if not is_remote(path):
         if 'r' in mode and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
-            raise OSError(f'{path} is not a file')
+            raise UserError(f'{path} is not a file')
         with open(path, mode, **kwargs) as f:
             yield f
         return
@@ -196,6 +199,11 @@ def check_out_dir(out_dir, must_exist):
     if os.sep == '/' and '\\' in absolute(out_dir):
         raise UserError(f'cannot use {absolute(out_dir)} as out_dir: TensorStore, which writes the '
                         r'arrays, reads the \ in it as /; give a folder without one')
+    try:
+        str(absolute(out_dir)).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f'cannot use {absolute(out_dir)} as out_dir: its name is not UTF-8; give '
+                        'another --out_dir') from e
     if is_dir(out_dir):
         return
     if os.path.islink(out_dir):
@@ -216,6 +224,7 @@ def hold_out_dir(out_dir, resume=False):
     it, with that run's host and process number.
     """
     check_out_dir(out_dir, must_exist=resume)
+    release_out_dir()  # of the run before in the same notebook
     if is_remote(out_dir):
         print(f'WARNING: {out_dir} cannot be locked, as it is in a bucket: make sure that no other '
               'run writes to it')
@@ -223,9 +232,16 @@ def hold_out_dir(out_dir, resume=False):
     try:
         os.makedirs(out_dir, exist_ok=True)
         lock = open(join(out_dir, LOCK), 'a+', encoding='utf-8')
+        held.append(lock)
+        lock_file(lock, out_dir)
+        lock.truncate(0)
+        print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, end='', flush=True)
     except OSError as e:
         raise UserError(f'cannot write to {out_dir}: {e}; choose another --out_dir') from e
-    held.append(lock)
+
+
+def lock_file(lock, out_dir):
+    """Raises UserError if another process has it locked."""
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,8 +253,6 @@ def hold_out_dir(out_dir, resume=False):
     except OSError as e:  # a file system without locks
         print(f'WARNING: {out_dir} cannot be locked ({e}): make sure that no other run writes to '
               'it')
-    lock.truncate(0)
-    print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, end='', flush=True)
 
 
 def release_out_dir():

@@ -5,7 +5,9 @@ it nanoGPT's window slides, every position changes, and each token computes a fu
 """
 
 import codecs
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,17 +43,24 @@ def filter_logits(logits, temperature, top_k=None, top_p=1.0):
     return logits
 
 
-def sample_token(logits, t, keys, temperature, top_k, top_p, n_vocab):
-    """Sample a token for position t from logits (B, V): int32 (B,).
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn from logits."""
+    temperature: float = 1.0  # 0: the most likely token
+    top_k: int | None = field(default=None, metadata={'static': True})
+    top_p: float = field(default=1.0, metadata={'static': True})
+    n_vocab: int | None = None  # ids from here on are padding, never sampled
+    keys: Any = None  # a jax.random key for each sequence, (B,)
 
-    Each sequence uses its own key of `keys` (B,). Ids from n_vocab on are padding, never sampled.
-    """
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < n_vocab, logits, -jnp.inf)
-    logits = filter_logits(logits, temperature, top_k, top_p)
-    bits = jax.vmap(lambda key: random_bits(key, logits.shape[-1:], t))(keys)
-    u = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0 ** -23  # uniform in the open interval (0, 1)
-    # the Gumbel-max trick: the argmax of logits plus this noise is a sample from their softmax
-    return jnp.argmax(logits - jnp.log(-jnp.log(u)), axis=-1).astype(jnp.int32)
+    def draw(self, logits, t):
+        """The token at position t of each sequence, int32 (B,), from logits (B, V)."""
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < self.n_vocab, logits, -jnp.inf)
+        logits = filter_logits(logits, self.temperature, self.top_k, self.top_p)
+        bits = jax.vmap(lambda key: random_bits(key, logits.shape[-1:], t))(self.keys)
+        u = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0 ** -23  # uniform in (0, 1)
+        # the Gumbel-max trick: the argmax of logits plus this noise is a sample from their softmax
+        return jnp.argmax(logits - jnp.log(-jnp.log(u)), axis=-1).astype(jnp.int32)
 
 
 # -----------------------------------------------------------------------------
@@ -122,30 +131,29 @@ def prefill(graphdef, params, tokens, bucket, length):
     return forward_with_cache(model, tokens[:, :bucket], 0, cache)[1]
 
 
-@partial(jax.jit, static_argnames=('graphdef', 'top_k', 'top_p'),
-         donate_argnames=('tokens', 'cache'))
-def decode(graphdef, params, head, tokens, cache, t, stop, keys, temperature, top_k, top_p,
-           n_vocab):
+@partial(jax.jit, static_argnames='graphdef', donate_argnames=('tokens', 'cache'))
+def decode(graphdef, weights, tokens, cache, t, stop, sampler):
     """Sample tokens[:, t:stop] with the cache, which holds all positions before t - 1.
 
-    stop: at most the cache's length plus one. Returns (tokens, cache).
+    weights: (params, head) of sampling_weights. stop: at most the cache's length plus one. Returns
+    (tokens, cache).
     """
+    params, head = weights
     model = nnx.merge(graphdef, params)
 
     def step(t, carry):
         tokens, cache = carry
         last = jax.lax.dynamic_slice_in_dim(tokens, t - 1, 1, axis=1)
         x, cache = forward_with_cache(model, last, t - 1, cache)
-        logits = model.head(x[:, 0], head)
-        token = sample_token(logits, t, keys, temperature, top_k, top_p, n_vocab)
+        token = sampler.draw(model.head(x[:, 0], head), t)
         return write_token(tokens, token, t), cache
     return jax.lax.fori_loop(t, stop, step, (tokens, cache))
 
 
-@partial(jax.jit, static_argnames=('graphdef', 'top_k', 'top_p'), donate_argnames='tokens')
-def decode_sliding_window(graphdef, params, head, tokens, t, stop, keys, temperature, top_k,
-                          top_p, n_vocab):
+@partial(jax.jit, static_argnames='graphdef', donate_argnames='tokens')
+def decode_sliding_window(graphdef, weights, tokens, t, stop, sampler):
     """Sample tokens[:, t:stop] past block_size, each from the block_size tokens before it."""
+    params, head = weights
     model = nnx.merge(graphdef, params)
     window = model.config.block_size
     caches = [None] * (model.config.n_layer - 1) + [LastPosition()]
@@ -153,8 +161,7 @@ def decode_sliding_window(graphdef, params, head, tokens, t, stop, keys, tempera
     def step(t, tokens):
         idx = jax.lax.dynamic_slice_in_dim(tokens, t - window, window, axis=1)
         logits = model.head(model.hidden(idx, caches=caches)[:, 0], head)
-        token = sample_token(logits, t, keys, temperature, top_k, top_p, n_vocab)
-        return write_token(tokens, token, t)
+        return write_token(tokens, sampler.draw(logits, t), t)
     return jax.lax.fori_loop(t, stop, step, tokens)
 
 
@@ -165,30 +172,27 @@ def bucket_size(n, smallest, largest):
     return min(smallest, largest)
 
 
-def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, key=None,
-                  n_vocab=None, chunk=None, first=0):
+def stream_tokens(model, idx, max_new_tokens, sampler, key=None, chunk=None, first=0):
     """Yield the continuation of idx, int (B, T), as numpy arrays (B, n) of at most `chunk` tokens.
 
-    Past block_size the model sees the last block_size tokens. Dropout is off. temperature 0 takes
-    the most likely token. key: a jax.random key; sequence b samples with a key folded from it and
-    first + b, whatever B is. n_vocab: ids from here on are padding, never sampled. Raises
-    UserError for settings that cannot be sampled with.
+    Past block_size the model sees the last block_size tokens. Dropout is off. key: a jax.random
+    key, needed unless the most likely token is taken; sequence b samples with a key folded from it
+    and first + b, whatever B is. Raises UserError for settings that cannot be sampled with.
     """
-    check_sampling_settings(max_new_tokens, temperature, top_k, top_p)
+    check_sampling_settings(max_new_tokens, sampler)
     check_sampling_memory(model.config, *idx.shape, max_new_tokens)
     if idx.shape[1] < 1:
         raise UserError('generate needs at least one token to continue; the prompt is empty')
-    if key is None and top_k != 1 and temperature != 0:
+    if key is None and sampler.top_k != 1 and sampler.temperature != 0:
         raise UserError('generate needs key=jax.random.key(seed), '
                         'unless temperature is 0 or top_k is 1')
-    if temperature == 0:
-        temperature, top_k, top_p = 1.0, 1, 1.0
+    if sampler.temperature == 0:
+        sampler = replace(sampler, temperature=1.0, top_k=1, top_p=1.0)
     (B, t), block_size = idx.shape, model.config.block_size
-    graphdef, params, head = sampling_weights(model)
+    graphdef, *weights = sampling_weights(model)
     key = jax.random.key(0) if key is None else key
-    keys = jax.vmap(partial(jax.random.fold_in, key))(first + np.arange(B))
-    how = dict(keys=keys, temperature=temperature, top_k=top_k, top_p=top_p,
-               n_vocab=n_vocab or model.config.vocab_size)
+    sampler = replace(sampler, n_vocab=sampler.n_vocab or model.config.vocab_size,
+                      keys=jax.vmap(partial(jax.random.fold_in, key))(first + np.arange(B)))
     end = t + max_new_tokens
     length = bucket_size(max(end, block_size), block_size, 2 ** 31)
     tokens = jnp.asarray(np.pad(np.asarray(idx, np.int32), ((0, 0), (0, length - t))))
@@ -198,21 +202,28 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
         if t <= block_size:
             stop = min(stop, block_size + 1)
             if cache is None:
-                # prefill may read past the prompt: attention is causal, and those positions of the
-                # cache are overwritten before they are seen
-                cache_length, bucket = (bucket_size(n, MIN_BUCKET, block_size)
-                                        for n in (end - 1, t - 1))
-                cache = (prefill(graphdef, params, tokens, bucket, cache_length) if t > 1 else
-                         model.empty_cache(B, cache_length))
-            tokens, cache = decode(graphdef, params, head, tokens, cache, t, stop, **how)
+                cache = filled_cache(graphdef, weights[0], tokens, t, end)
+            tokens, cache = decode(graphdef, weights, tokens, cache, t, stop, sampler)
         else:
-            tokens = decode_sliding_window(graphdef, params, head, tokens, t, stop, **how)
+            tokens = decode_sliding_window(graphdef, weights, tokens, t, stop, sampler)
         yield np.asarray(tokens)[:, t:stop].copy()
         t = stop
 
 
-def check_sampling_settings(max_new_tokens, temperature, top_k, top_p):
+def filled_cache(graphdef, params, tokens, t, end):
+    """A cache for the positions below end (at most block_size), with those below t - 1 filled."""
+    model = nnx.merge(graphdef, params)
+    # prefill may read past the prompt: attention is causal, and those positions of the cache are
+    # overwritten before they are seen
+    length, bucket = (bucket_size(n, MIN_BUCKET, model.config.block_size) for n in (end - 1, t - 1))
+    if t == 1:
+        return model.empty_cache(tokens.shape[0], length)
+    return prefill(graphdef, params, tokens, bucket, length)
+
+
+def check_sampling_settings(max_new_tokens, sampler):
     """Raise UserError for settings that cannot be sampled with."""
+    temperature, top_k, top_p = sampler.temperature, sampler.top_k, sampler.top_p
     if not 0 <= max_new_tokens < 2 ** 31:
         raise UserError(f'max_new_tokens is {max_new_tokens}; it must be at least 0 and below '
                         '2147483648')

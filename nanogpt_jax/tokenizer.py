@@ -5,8 +5,11 @@ of characters, the text of a tokenizer.json, or None for GPT-2's BPE.
 Needs neither JAX nor NumPy, so that the scripts of data/ can use it too.
 """
 
+import contextlib
+import io
 import json
 import pickle
+import re
 
 from nanogpt_jax import run_dir
 from nanogpt_jax.errors import UserError, optional_import
@@ -45,7 +48,29 @@ def load_vocabulary(data_dir):
     return make_tokenizer(text, path)[1], text
 
 
-class PlainUnpickler(pickle.Unpickler):
+@contextlib.contextmanager
+def read_errors(path, hint):
+    """A context whose errors, of nearly any type, become UserErrors about a file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as e:
+        raise UserError(f'not enough memory to use {path}') from e
+    except Exception as e:
+        reason = ' '.join(str(e).split())[:300]
+        raise UserError(f'cannot use {path} ({type(e).__name__}: {reason}); {hint}') from e
+
+
+def read_bytes(path):
+    if run_dir.file_size(path) is None:  # reading a FIFO would wait for ever
+        raise OSError('it is not a file')
+    with run_dir.open_file(path, 'rb') as f:
+        return f.read()
+
+
+# Python's own unpickler: C's allocates memory for whatever index a pickle names
+class PlainUnpickler(pickle._Unpickler):
     """Reads plain dicts, lists, strings and numbers; a pickle that names anything else is refused,
     since loading it would run code."""
 
@@ -63,11 +88,8 @@ def load_meta(data_dir):
     path = run_dir.join(data_dir, 'meta.pkl')
     if not run_dir.exists(path):
         return None, None
-    try:
-        if run_dir.file_size(path) is None:
-            raise OSError('it is no file')
-        with run_dir.open_file(path, 'rb') as f:
-            meta = PlainUnpickler(f).load()
+    with read_errors(path, 'make it again with the prepare.py beside it'):
+        meta = PlainUnpickler(io.BytesIO(read_bytes(path))).load()
         itos = meta.get('itos', {})
         vocab_size, chars = meta['vocab_size'], [itos[i] for i in range(len(itos))]
         if type(vocab_size) is not int or not 1 <= vocab_size <= MOST_TOKENS:
@@ -76,21 +98,18 @@ def load_meta(data_dir):
         if len(chars) > vocab_size or not all(isinstance(c, str) for c in chars):
             raise ValueError(f'itos must have a string for each of at most {vocab_size} ids')
         return vocab_size, chars
-    except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f'cannot use {path} ({type(e).__name__}: {e}); '
-                        'make it again with the prepare.py beside it') from e
 
 
 # -----------------------------------------------------------------------------
 # tokenizer.json, of Hugging Face's tokenizers
 
+A_TOKENIZER = "it must be a tokenizer.json of Hugging Face's tokenizers"
+
+
 def read_tokenizer(path):
     """The JSON of a tokenizer.json, without white space. Raises UserError if it is none."""
-    try:
-        with run_dir.open_file(path) as f:
-            return json.dumps(json.load(f), ensure_ascii=False, separators=(',', ':'))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f'cannot read {path} ({type(e).__name__}: {e})') from e
+    with read_errors(path, A_TOKENIZER):
+        return json.dumps(json.loads(read_bytes(path)), ensure_ascii=False, separators=(',', ':'))
 
 
 def make_tokenizer(text, source):
@@ -99,11 +118,8 @@ def make_tokenizer(text, source):
     source: for errors. Raises UserError if it cannot be used, or has more than MOST_TOKENS.
     """
     tokenizers = optional_import('tokenizers')
-    try:
+    with read_errors(source, A_TOKENIZER):
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as e:  # the library raises bare Exceptions
-        raise UserError(f'cannot use {source} ({e}): it must be a tokenizer.json of '
-                        "Hugging Face's tokenizers") from e
     n = 1 + max(tokenizer.get_vocab().values(), default=-1)  # with those added to the model's
     if not 1 <= n <= MOST_TOKENS:
         raise UserError(f'{source} has {n:,} tokens; it must have 1 to {MOST_TOKENS:,}, since the '
@@ -157,6 +173,49 @@ def stream_decoder(tokenizer, prompt):
     return decode
 
 
+def as_tokenizer(vocabulary, source):
+    """The tokenizers.Tokenizer of a vocabulary (of nanogpt_jax/tokenizer.py)."""
+    tokenizers = optional_import('tokenizers')
+    if isinstance(vocabulary, str):
+        return make_tokenizer(vocabulary, source)[0]
+    if vocabulary is None:
+        return gpt2_tokenizer(tokenizers)
+    vocab = {char: i for i, char in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))  # refuses other characters
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'),
+                                                              'isolated')
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return tokenizer
+
+
+def gpt2_tokenizer(tokenizers):
+    """GPT-2's BPE as a tokenizers.Tokenizer, from tiktoken's ranks."""
+    enc = gpt2_encoding()
+    tokens = [enc.decode_single_token_bytes(i) for i in range(enc.eot_token)]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    # GPT-2 writes bytes as characters: 188 printable ones as themselves, the others from 256 on
+    chars = {token[0]: chr(token[0] if i < 188 else 256 - 188 + i)
+             for i, token in enumerate(tokens[:256])}
+
+    def as_text(token):
+        return ''.join(chars[byte] for byte in token)
+
+    def halves(token):
+        """The two tokens that a token is merged from: what earlier merges make of its bytes."""
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            merged = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+            i = merged.index(min(merged))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        return tuple(map(as_text, parts))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {as_text(token): i for i, token in enumerate(tokens)}, [*map(halves, tokens[256:])]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([enc.decode([enc.eot_token])])
+    return tokenizer
+
+
 # -----------------------------------------------------------------------------
 # text to ids and back
 
@@ -200,11 +259,31 @@ def char_tokenizer(chars):
     return encode, lambda prompt: decode
 
 
+def bytes_of_tokens(vocabulary):
+    """How many bytes of UTF-8 text each id stands for, as a list of ints: for bits per byte."""
+    if vocabulary is None:
+        enc = gpt2_encoding()
+        return [len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)]
+    if isinstance(vocabulary, list):
+        return [len(char.encode('utf-8', 'replace')) for char in vocabulary]
+    tokenizer, n = make_tokenizer(vocabulary, "the model's tokenizer")
+
+    def count(i):
+        token = tokenizer.id_to_token(i)
+        once, twice = (tokenizer.decode([i] * k, skip_special_tokens=False) for k in (1, 2))
+        if token and '\ufffd' in once:  # a part of a character: the token has its bytes
+            return 1 if re.fullmatch('<0x[0-9A-F]{2}>', token) else len(token)
+        return len(twice.encode()) - len(once.encode())  # with the space that it may begin with
+    return [*map(count, range(n))]
+
+
 def gpt2_encoding():
     """tiktoken's GPT-2 encoding, cached or downloaded. Raises UserError if it is neither."""
     tiktoken = optional_import('tiktoken')
     try:
         return tiktoken.get_encoding('gpt2')
+    except MemoryError as e:
+        raise UserError('not enough memory for the GPT-2 tokenizer') from e
     except Exception as e:  # no network, or files that are not what tiktoken expects: many types
         raise UserError('the GPT-2 tokenizer is neither cached nor reachable '
                         f'({type(e).__name__}): connect once so that its files can be downloaded, '

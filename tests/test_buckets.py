@@ -141,20 +141,26 @@ def run(folder, bucket):
     return bucket / 'run'
 
 
-def test_a_half_written_checkpoint_in_a_bucket_is_not_used_and_only_it_is_removed(folder, run):
-    (run / '5' / 'commit_success.txt').unlink()
-    # what an earlier save left, and two folders that are no checkpoints
-    for other in ('6/data', 'notes/todo.txt', '7 b/data'):
-        (run / other).parent.mkdir()
+def test_in_a_bucket_only_what_a_killed_save_of_this_project_left_is_removed(folder, run):
+    shutil.copytree(run / '4', run / '6')
+    (run / '6' / 'commit_success.txt').unlink()  # a save that was killed
+    (run / 'unfinished.json').write_text('["6"]')
+    others = ['2024/raw/data.csv', 'notes/todo.txt', '7 b/data', '8/commit_success.txt']
+    for other in others:
+        (run / other).parent.mkdir(parents=True)
         (run / other).write_text('x')
     result = run_inside(folder, 'sample_jax.py', '--device=cpu', '--out_dir=gs://bucket/run',
                         '--num_samples=1', '--max_new_tokens=5', '--start=a')
-    assert 'sampling from iteration 4 of gs://bucket/run' in result.stderr
-    assert {'5', '6'} < {*os.listdir(run)}  # a reader removes nothing
-    out = train(folder, '--init_from=resume', *REMOTE, '--max_iters=4')
-    assert 'from iteration 4' in out
-    assert {*os.listdir(run)} == {'4', '5', 'metrics.jsonl', 'notes', '7 b'}
-    assert utils.steps_on_disk('gs://bucket/run') == [4, 5]
+    assert 'sampling from iteration 5 of gs://bucket/run' in result.stderr
+    assert (run / '6').exists()  # a reader removes nothing
+    out = train(folder, '--init_from=resume', *REMOTE, '--max_iters=5')
+    assert 'from iteration 5' in out
+    names = {*os.listdir(run)} - {other.split('/')[0] for other in others}
+    assert names == {'4', '6', 'metrics.jsonl'} and (run / '6' / 'commit_success.txt').exists()
+    assert all((run / other).exists() for other in others)
+    result = run_inside(folder, 'train_jax.py', *TINY, '--init_from=resume', *REMOTE,
+                        '--max_iters=7')
+    one_line_error(result, 'gs://bucket/run/8 was not written by this project')
 
 
 def test_a_damaged_checkpoint_in_a_bucket_is_renamed_and_the_one_before_is_resumed(folder, run):

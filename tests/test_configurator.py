@@ -162,7 +162,7 @@ def settings_by_script():
     found = {}
     for path in glob.glob(f'{ROOT}/*.py') + glob.glob(f'{ROOT}/tools/*.py'):
         with open(path, encoding='utf-8') as f:
-            if '\nfrom configurator import configure\n' not in f.read():
+            if '\nfrom configurator import configure' not in f.read():
                 continue
         nodes = ast.parse(config_block(path)).body
         found[os.path.relpath(path, ROOT)] = {

@@ -3,8 +3,10 @@
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -25,7 +27,7 @@ TEXT = 'The cat, the caf\u00e9.\n\nROMEO:\n<|endoftext|> is text here.\n' * 9
 @pytest.fixture
 def data(tmp_path):
     """A copy of data/ without prepared files, beside nanogpt_jax as in the repository."""
-    made = shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__')
+    made = shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', '*.lock', 'input.txt', '__pycache__')
     os.symlink(os.path.join(ROOT, 'nanogpt_jax'), tmp_path / 'nanogpt_jax')
     return shutil.copytree(os.path.join(ROOT, 'data'), tmp_path / 'data', ignore=made)
 
@@ -63,13 +65,6 @@ def gpt2(monkeypatch):
 # -----------------------------------------------------------------------------
 # common.py
 
-def test_fetch_writes_the_bytes_unchanged_and_nothing_else(tmp_path):
-    (tmp_path / 'source').write_bytes(b'a\r\nb\xff\n')
-    common.fetch((tmp_path / 'source').as_uri(), str(tmp_path / 'input.txt'))
-    assert (tmp_path / 'input.txt').read_bytes() == b'a\r\nb\xff\n'
-    assert sorted(os.listdir(tmp_path)) == ['input.txt', 'source']
-
-
 def test_a_connection_that_is_cut_leaves_no_file(tmp_path, monkeypatch):
     class Cut(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -87,49 +82,34 @@ def test_a_connection_that_is_cut_leaves_no_file(tmp_path, monkeypatch):
         with pytest.raises(UserError, match='cannot download'):
             common.fetch(f'http://127.0.0.1:{server.server_port}/', str(tmp_path / 'input.txt'))
     assert os.listdir(tmp_path) == []
+    (tmp_path / 'source').write_bytes(b'a\r\nb\xff\n')
+    common.fetch((tmp_path / 'source').as_uri(), str(tmp_path / 'input.txt'))
+    assert (tmp_path / 'input.txt').read_bytes() == b'a\r\nb\xff\n'
 
 
-def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
-    path = tmp_path / 'train.bin'
-    path.write_bytes(b'old')
-    with pytest.raises(KeyError), common.replacing(str(path)) as tmp:
-        with open(tmp, 'wb') as f:
-            f.write(b'half')
-        raise KeyError
-    assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['train.bin']
+def test_a_failed_write_keeps_the_old_files_and_leaves_no_other(tmp_path):
+    common.write_splits(tmp_path, [0, 1, 65535], [7])
+    assert (tmp_path / 'train.bin').read_bytes() == b'\x00\x00\x01\x00\xff\xff'
+    with pytest.raises(AttributeError):  # meta.pkl, the last file, cannot be pickled
+        common.write_splits(tmp_path, [2], [2], meta={'stoi': lambda: 0})
+    for ids in ([5, 65536], [5, -1]):
+        with pytest.raises(UserError, match=f'{ids[1]}.*uint16'):
+            common.write_splits(tmp_path, [2], ids)
+    assert [ids.tolist() for ids in read_bins(tmp_path)] == [[0, 1, 65535], [7]]
+    assert sorted(os.listdir(tmp_path)) == ['train.bin', 'val.bin']
 
 
-def test_read_text_refuses_other_encodings_than_utf8(tmp_path):
+def test_texts_that_cannot_be_prepared_are_user_errors(tmp_path):
     (tmp_path / 'input.txt').write_bytes('caf\u00e9'.encode('latin-1'))
     with pytest.raises(UserError, match='input.txt is not UTF-8'):
-        common.read_text(str(tmp_path / 'input.txt'))
-
-
-def test_files_that_cannot_be_read_or_written_are_user_errors(tmp_path):
-    (tmp_path / 'input.txt').mkdir()
-    with pytest.raises(UserError, match='cannot read .*input.txt'):
-        common.read_text(str(tmp_path / 'input.txt'))
-    with pytest.raises(UserError, match='cannot write .*input.txt'):
-        common.write_bin(str(tmp_path / 'input.txt'), [1])
-    assert os.listdir(tmp_path) == ['input.txt']
-
-
-def test_a_text_too_short_for_two_splits_is_refused():
+        common.read_text(tmp_path / 'input.txt')
+    os.mkfifo(tmp_path / 'pipe.txt')
+    for endless in (tmp_path / 'pipe.txt', '/dev/zero', tmp_path):
+        with pytest.raises(UserError, match='is not a file'):
+            common.read_text(endless)
     with pytest.raises(UserError, match='1 characters, too few'):
         common.split_text('a')
     assert common.split_text('ab') == ('a', 'b')
-
-
-def test_write_bin_writes_little_endian_uint16(tmp_path):
-    common.write_bin(str(tmp_path / 'a.bin'), [0, 1, 65535])
-    assert (tmp_path / 'a.bin').read_bytes() == b'\x00\x00\x01\x00\xff\xff'
-
-
-@pytest.mark.parametrize('bad', [65536, -1])
-def test_write_bin_refuses_ids_outside_uint16(tmp_path, bad):
-    with pytest.raises(UserError, match=f'{bad}.*uint16'):
-        common.write_bin(str(tmp_path / 'a.bin'), [5, bad])
-    assert os.listdir(tmp_path) == []
 
 
 # -----------------------------------------------------------------------------
@@ -168,20 +148,42 @@ def test_each_split_has_the_gpt2_tokens_of_its_text(data, tmp_path, gpt2):
     assert not (folder / 'meta.pkl').exists()  # without it sample_jax.py decodes GPT-2's tokens
 
 
-@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare'])
-def test_a_failed_download_is_one_line_and_leaves_no_file(data, tmp_path, name):
-    before = sorted(os.listdir(data / name))
+WAIT = """
+import os, pickle, runpy, sys, time
+dump = pickle.dump
+def wait(*args):  # beside train.bin and val.bin, until a file named go exists
+    end = time.monotonic() + 60
+    while not os.path.exists('go') and time.monotonic() < end:
+        open('waits', 'w').close()
+        time.sleep(0.01)
+    dump(*args)
+pickle.dump = wait
+runpy.run_path(sys.argv[1], run_name='__main__')
+"""
+
+
+def test_a_second_prepare_in_one_folder_is_refused(data, tmp_path):
+    folder = data / 'shakespeare_char'
+    (folder / 'input.txt').write_text(TEXT, encoding='utf-8', newline='')
+    first = subprocess.Popen([sys.executable, '-c', WAIT, folder / 'prepare.py'], cwd=tmp_path)
+    while not (tmp_path / 'waits').exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    (folder / 'input.txt').write_text('another text\n')
+    second = prepare(folder, tmp_path)
+    (tmp_path / 'go').touch()
+    assert first.wait(60) == 0
+    meta, (train, val) = read_meta(folder), read_bins(folder)
+    assert ''.join(meta['itos'][i] for i in [*train.tolist(), *val.tolist()]) == TEXT
+    one_line_error(second, f'another process is preparing {folder}', alone=True)
+
+
+def test_a_failed_download_is_one_line_and_leaves_no_file(data, tmp_path):
+    name = 'shakespeare'
+    before = sorted([*os.listdir(data / name), 'prepare.lock'])
     result = prepare(data / name, tmp_path)
     one_line_error(result, common.tinyshakespeare_url, str(data / name / 'input.txt'), alone=True)
     assert sorted(os.listdir(data / name)) == before
-
-
-def test_an_existing_input_is_used_and_not_changed(data, tmp_path):
-    path = data / 'shakespeare_char' / 'input.txt'
-    path.write_text('my own text\n')
-    stamp = path.stat().st_mtime_ns
-    assert prepare(path.parent, tmp_path).returncode == 0  # a download would fail here
-    assert path.read_text() == 'my own text\n' and path.stat().st_mtime_ns == stamp
 
 
 def test_a_tokenizer_that_cannot_be_downloaded_names_the_cache_folder(data, tmp_path):

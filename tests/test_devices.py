@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 import textwrap
-from types import SimpleNamespace
 
 import jax
 import jaxlib
@@ -370,7 +369,7 @@ def test_a_script_warns_of_an_excluded_version_in_one_line(folder, monkeypatch, 
 # -----------------------------------------------------------------------------
 # the speed of a CPU
 
-def test_mfu_on_a_cpu_is_counted_against_a_matmul_measured_there(folder, monkeypatch):
+def test_mfu_on_a_cpu_is_counted_against_a_matmul_measured_there(folder):
     cpu = jax.devices()[0]
     rate = machine.matmul_flops()
     assert 1e8 < rate < 1e15  # between a tenth of a core and no machine

@@ -1,23 +1,19 @@
-"""What the documents say agrees with the code: files, flags, links, commands, names, messages."""
+"""What the documents say agrees with the code: links, files, flags, messages, snippets, lengths."""
 
 import ast
-import contextlib
 import fnmatch
 import glob
-import io
 import itertools
 import os
 import pkgutil
 import re
 import shlex
 import shutil
-import subprocess
 
 import pytest
-from helpers import ROOT, run, run_inside
+from helpers import ROOT, run
 
-from configurator import config_block, configure, parse
-from nanogpt_jax.errors import UserError
+from configurator import config_block, configure
 
 
 def find(*patterns):
@@ -25,38 +21,24 @@ def find(*patterns):
 
 
 MAPPING = 'TORCH_TO_JAX_MAPPING.md'
-DOCUMENTS = ['README.md', 'JAX_README.md', MAPPING, 'BENCHMARKS.md',
-             *find('docs/*.md', 'data/README.md', 'data/*/readme.md')]
-TOOLS = [f'tools/{name}.py' for name in ('compare', 'plan', 'plot', 'sizing')]
-SCRIPTS = [*find('*_jax.py'), *TOOLS]
+DOCUMENTS = find('*.md', 'docs/*.md', 'data/README.md', 'data/*/readme.md')
+SCRIPTS = [path for path in find('*_jax.py', 'tools/*.py')
+           if 'from configurator import config' in open(os.path.join(ROOT, path)).read()]
 PREPARE = find('data/*/prepare.py')
+CODE = find('*.py', 'nanogpt_jax/*.py', 'tools/*.py')
+WORDS = {'README.md': 700, 'JAX_README.md': 2500, 'BENCHMARKS.md': 3000, 'CONTRIBUTING.md': 300,
+         'docs/distributed.md': 1200, 'docs/sizing.md': 600, 'docs/design.md': 1400}
 each_document = pytest.mark.parametrize('document', DOCUMENTS)
 
-# path-like words that name no file of the repository; files that .gitignore lists need no entry
-ELSEWHERE = {
-    'train.py', 'model.py', 'sample.py', 'bench.py',  # nanoGPT's
-    'checksums.json', 'val_loss.json', 'config.json', 'model.safetensors',  # in folders of weights
-    'path/to/gpt2', 'prompt.txt', 'train.log', 'logs/*.log',  # a reader's own
-    'train/loss', 'val/loss', 'refs/convert/parquet'}  # names in wandb, a branch on the hub
+# path-like words that name no file of the repository
+ELSEWHERE = {'train.py', 'model.py', 'sample.py', 'bench.py',  # nanoGPT's
+             'config.json', 'generation_config.json', 'model.safetensors', 'path/to/gpt2',
+             'prompt.txt', 'train.log', 'logs/*.log',  # a reader's own
+             'train/loss', 'val/loss', 'refs/convert/parquet'}  # names in wandb, on the hub
 # nanoGPT's scripts, and ours that take the same flags
 COUNTERPART = {'train.py': 'train_jax.py', 'sample.py': 'sample_jax.py', 'bench.py': 'bench_jax.py'}
-REFUSED = {'--max_iters=1e3', '--eval_only=1'}  # as the documents say
-REDIRECTED = re.compile(r'\d?>>? \S+')  # output that goes to a file
-NO_VALUE = re.compile(r'|[A-Z]+|\.\.\.|<\w+>')  # --fsdp=N, --checkpoint=..., --dataset=<name>
-
-# flags that make a command of the README short: one iteration of a small model, a few tokens
-SHORT = {'train_jax.py': ['--device=cpu', '--max_iters=0', '--eval_iters=1', '--batch_size=2',
-                          '--block_size=32', '--n_layer=1'],
-         'sample_jax.py': ['--device=cpu', '--num_samples=1', '--max_new_tokens=3']}
-RESUMED = ['--device=cpu', '--max_iters=1', '--eval_iters=1']  # the shape is the checkpoint's
-NOT_SHORT = {'test_jax_transformer': 'a suite of tests', 'gpt2': 'large, or a download',
-             'openwebtext': 'downloads 54 GB', 'ckpt.pt': 'needs torch',
-             '../nanoGPT/': 'needs a log of nanoGPT',
-             'data/shakespeare/': 'downloads a tokenizer', 'out-shakespeare ': 'needs that data'}
-
-# all that train.py, model.py, sample.py and bench.py of nanoGPT (commit 3adf61e) use of torch and
-# its tensors, collected from their syntax trees; where several objects have a method of one name,
-# the word before it says which, as in the mapping
+# all that nanoGPT's scripts (commit 3adf61e) use of torch, collected from their syntax trees; where
+# several objects have a method of one name, the word before it says which, as in the mapping
 TORCH = """
     nn.Module forward nn.Parameter nn.Linear nn.Embedding nn.Dropout nn.GELU nn.ModuleDict
     nn.ModuleList functional F.layer_norm F.softmax F.cross_entropy F.scaled_dot_product_attention
@@ -88,29 +70,25 @@ def read(path):
         return f.read()
 
 
-def blocks(document, language):
-    """The fenced blocks of one language."""
-    fenced = re.findall(r'^```(\w*)\n(.*?)^```$', read(document), re.M | re.S)
-    return [text for name, text in fenced if name == language]
+def fenced(document):
+    """[(language, text)] of a document's code blocks."""
+    return re.findall(r'^```(\w*)\n(.*?)^```$', read(document), re.M | re.S)
 
 
 def prose(document):
     return re.sub(r'^```.*?^```$', '', read(document), flags=re.M | re.S)
 
 
-def spans(text):
-    """What is in backticks."""
-    return [' '.join(span.split()) for span in re.findall(r'`([^`]+)`', text)]
-
-
-def is_command(span):
-    return re.match(r'(python3?|pip|mpirun|[\w/.<>]+\.py) \S', span)
+def spans(document):
+    """What is in backticks, outside of code blocks."""
+    return [' '.join(span.split()) for span in re.findall(r'`([^`]+)`', prose(document))]
 
 
 def commands(document):
-    """Each command as a list of words: of shell blocks, in the text, and in --command="..."."""
-    lines = [*blocks(document, 'sh'), *filter(is_command, spans(prose(document)))]
-    shell = REDIRECTED.sub('', '\n'.join(lines)).replace('\\\n', ' ')
+    """Each command of the shell blocks and of the text, as a list of words."""
+    lines = [text for language, text in fenced(document) if language == 'sh']
+    lines += [s for s in spans(document) if re.match(r'(python3?|pip|[\w/.<>]+\.py) \S', s)]
+    shell = re.sub(r'\d?>>? \S+', '', '\n'.join(lines)).replace('\\\n', ' ')
     for line in re.sub(r'--command="(.*)"', r'&& \1', shell).splitlines():
         words = shlex.split(line, comments=True)
         for separates, command in itertools.groupby(words, {'&&', '|'}.__contains__):
@@ -119,31 +97,14 @@ def commands(document):
 
 
 def python_calls(document):
-    """[script, argument, ...] of each command that starts Python, or with the name of a script.
-
-    `python -m tools.plot` is the script tools/plot.py.
-    """
+    """[script, argument, ...] of each command that starts Python; `-m tools.plot` is a script."""
     for words in commands(document):
-        start = [i + 1 for i, word in enumerate(words) if word in ('python', 'python3')]
+        start = [i + 1 for i, word in enumerate(words) if word == 'python']
         if start or words[0].endswith('.py'):
             words = words[start[0] if start else 0:]
             if words[0] == '-m' and words[1].startswith('tools.'):
-                words = [module_path(words[1]), *words[2:]]
+                words = [words[1].replace('.', '/') + '.py', *words[2:]]
             yield words
-
-
-def module_path(name):
-    return name.replace('.', '/') + '.py'
-
-
-def module_name(path):
-    return path.removesuffix('.py').replace('/', '.')
-
-
-def rows(text):
-    """The cells of each line of the tables."""
-    return [[cell.strip() for cell in line.strip('|').split('|')]
-            for line in re.findall(r'^\|.*\|$', text, re.M)]
 
 
 def assert_none(wrong):
@@ -151,44 +112,28 @@ def assert_none(wrong):
 
 
 # -----------------------------------------------------------------------------
-# files, links, flags, commands, messages
+# files, links, flags, names, messages
 
-IGNORED = [line.rstrip('/') for line in read('.gitignore').splitlines()]
-
-
-def is_file(path, document):
-    """Whether a file exists: below the root, beside the document, or a bare name in any folder."""
-    patterns = [path, os.path.join(os.path.dirname(document), path), f'*/{path}', f'*/*/{path}']
-    return any(find(pattern) for pattern in (patterns if '/' not in path else patterns[:2]))
+IGNORED = [line.rstrip('/') for line in read('.gitignore').splitlines() if line[0] not in '#!']
 
 
-def is_generated(path, document):
-    """Whether .gitignore names the path or one of its folders, so some command writes it."""
-    path = path.rstrip('/') if '/' in path else os.path.join(os.path.dirname(document), path)
-    names = [path, *path.split('/')]
-    ignored = [line for line in IGNORED
-               if any(fnmatch.fnmatch(name, line.lstrip('!')) for name in names)]
-    return ignored != [] and not any(line.startswith('!') for line in ignored)
+def exists(path, document):
+    """Whether a path is a file here, beside the document or in any folder, or a run writes it."""
+    beside = os.path.join(os.path.dirname(document), path)
+    written = any(fnmatch.fnmatch(name, line) for line in IGNORED
+                  for name in (beside, *path.rstrip('/').split('/')))
+    return written or find(path, beside, *([f'*/{path}', f'*/*/{path}'] * ('/' not in path)))
 
 
 @each_document
-def test_every_path_names_a_file(document):
-    words = {word for span in spans(prose(document)) for word in REDIRECTED.sub('', span).split()}
-    words.update(*commands(document))
-    endings = 'py|md|txt|json|toml|bin|pkl|pt|npz|safetensors|log'
+def test_every_file_that_it_names_exists(document):
+    words = {word for line in [*map(str.split, spans(document)), *commands(document)]
+             for word in line}
     paths = {word for word in words if re.fullmatch(r'(?!\.\.)[\w.*][\w.*/-]*', word)
-             and re.search(rf'\w/|[\w*>]\.({endings})$', word)}
-    paths |= {module_path(word) for word in words if re.fullmatch(r'tools\.\w+', word)}
+             and re.search(r'\w/|[\w*>]\.(py|md|txt|json|toml|bin|pkl|safetensors|log)$', word)}
+    paths |= {word.replace('.', '/') + '.py' for word in words if re.fullmatch(r'tools\.\w+', word)}
     assert_none([f'{document}: there is no {path}' for path in paths - ELSEWHERE
-                 if not (is_file(path, document) or is_generated(path, document))])
-
-
-@each_document
-def test_what_the_commands_write_is_ignored_by_git(document):
-    written = [arg.split('=', 1)[1] for call in python_calls(document) for arg in call
-               if arg.startswith(('--out_dir=', '--dst='))]
-    assert_none([f'{document}: git does not ignore {path}' for path in written
-                 if not path.startswith('data/') and not is_generated(path, '')])
+                 if not exists(path, document)])
 
 
 @each_document
@@ -196,16 +141,11 @@ def test_every_link_leads_somewhere(document):
     for target in re.findall(r'\]\((?!https?:)([^)\s]+)\)', prose(document)):
         path, _, anchor = target.partition('#')
         path = os.path.join(os.path.dirname(document), path) if path else document
-        assert os.path.exists(os.path.join(ROOT, path)), f'{document}: {target} is no file'
+        assert os.path.exists(os.path.join(ROOT, path)), f'{document}: {target} is not a file'
         headings = re.findall(r'^#+ (.*)$', prose(path), re.M) if anchor else ['']
         anchors = [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
                    for heading in headings]  # GitHub's rule
         assert anchor in anchors, f'{document}: {path} has no heading for #{anchor}'
-
-
-def test_the_readme_names_every_module_and_script():
-    assert_none([f'README.md does not name {path}' for path in TREES
-                 if f'`{path}`' not in read('README.md') and not path.endswith('__init__.py')])
 
 
 def settings(script):
@@ -215,279 +155,155 @@ def settings(script):
     return {name: value for name, value in block.items() if not name.startswith('_')}
 
 
-def refusal(script, args):
-    """The configurator's error or warnings for a script's arguments; '' if it accepts them."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        try:
-            configure(settings(script), args)
-        except UserError as e:
-            return str(e)
-    return ' '.join(line for line in out.getvalue().splitlines() if line.startswith('WARNING'))
-
-
-def test_the_flags_page_is_what_its_tool_writes():
-    """Anew by: python -m tools.flags > docs/flags.md"""
-    assert run_inside(ROOT, 'tools.flags').stdout == read('docs/flags.md')
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_the_flags_page_has_each_flag_with_its_default_and_meaning(script):
-    heading = module_name(script) if script in TOOLS else script
-    section = re.search(rf'^## {heading}\n(.*?)(?=^## |\Z)', read('docs/flags.md'), re.M | re.S)
-    assert section, f'docs/flags.md has no {script}: add it to SCRIPTS in tools/flags.py'
-    stated = {row[0].strip('`-'): parse(row[1].strip('`')) for row in rows(section[1])
-              if row[0].startswith('`--') and row[2]}
-    assert {k: repr(v) for k, v in stated.items()} == {
-        k: repr(v) for k, v in settings(script).items()}
-
-
-@pytest.mark.parametrize('script', PREPARE)
-def test_the_readme_of_a_data_set_names_its_flags(script):
-    readme = read(script.replace('prepare.py', 'readme.md'))
-    flags = re.findall(r"\badd(?:_argument)?\(\s*'(--\w+)'", read(script))
-    assert_none([f'no word of {flag}' for flag in flags if flag not in readme])
-
-
 @each_document
-def test_every_flag_in_the_text_exists_and_takes_its_value(document):
-    text = ' '.join(span for span in spans(prose(document))
-                    if not is_command(span) and span != '--key=value')
-    for name, value in set(re.findall(r'(?<![\w=-])--(\w+)=?(\S*)', text)) - {('help', '')}:
-        flag, scripts = f'--{name}={value}', [s for s in SCRIPTS if name in settings(s)]
-        assert scripts or any(f"'--{name}'" in read(script) for script in PREPARE), (
-            f'{document}: no script has --{name}')
-        if scripts and not NO_VALUE.fullmatch(value):
-            said = [refusal(script, [flag]) for script in scripts]
-            assert all(said) == (flag in REFUSED), f'{document}: {flag}: {said}'
-
-
-@each_document
-def test_defaults_in_the_text_are_those_of_training(document):
-    actual = settings('train_jax.py')
-    stated = re.findall(r'`--(\w+)=([^`]+)`, the default', prose(document))
-    stated += [pair for pair in re.findall(r'(?:[-,]|and) `(\w+)` is `(\w+)`', prose(document))
-               if pair[0] in actual]
-    assert_none([f'{document}: the default of {name} is {actual[name]}, not {value}'
-                 for name, value in stated if str(actual[name]) != value])
-
-
-@each_document
-def test_shell_blocks_parse(document):
-    for block in blocks(document, 'sh'):
-        shell = re.sub(r'<(\w+)>', r'\1', block)
-        parsed = subprocess.run(['bash', '-n'], input=shell, capture_output=True, text=True)
-        assert not parsed.stderr, f'{document}: {parsed.stderr}{block}'
-
-
-@each_document
-def test_every_command_is_one_that_its_script_takes(document, monkeypatch):
+def test_its_scripts_take_its_commands(document, monkeypatch):
     monkeypatch.chdir(ROOT)  # paths of config files are relative to it
     for script, *args in python_calls(document):
-        script, said = COUNTERPART.get(script, script), ''
-        if script in SCRIPTS:
+        script = COUNTERPART.get(script, script)
+        if script in SCRIPTS:  # configure raises an error for what it does not take
             # no config file: the runs that tools.plot takes, and config/<name>.py
-            said = refusal(script, [arg for arg in args if arg.startswith('--')
-                                    or script != 'tools/plot.py' and '<' not in arg])
+            configure(settings(script), [arg for arg in args if arg.startswith('--')
+                                         or script != 'tools/plot.py' and '<' not in arg])
         elif script in PREPARE:
-            said = ' '.join(arg for arg in args if f"'{arg.split('=')[0]}'" not in read(script))
-        elif script == '-c':
-            compile(args[0], document, 'exec')
-        elif '-k' in args:  # of pytest
-            tests = ''.join(read(arg) for arg in args if arg.endswith('.py'))
-            word = args[args.index('-k') + 1]
-            said = '' if re.search(rf'def test_\w*{word}', tests) else f'no test is called {word}'
-        assert not said, f'{document}: {shlex.join([script, *args])}: {said}'
+            assert all(f"'{arg.split('=')[0]}'" in read(script) for arg in args), (script, args)
 
 
-def test_messages_that_the_documentation_explains_are_printed():
-    strings = [node.value for tree in TREES.values() for node in ast.walk(tree)
+@each_document
+def test_every_flag_in_its_text_is_one_of_a_script(document):
+    flags = {flag for span in spans(document) for flag in re.findall(r'(?<![\w=-])--(\w+)', span)}
+    known = {'help', 'key'}.union(*map(settings, SCRIPTS))
+    assert_none([f'{document}: no script has --{flag}' for flag in flags - known
+                 if not any(f"'--{flag}'" in read(script) for script in PREPARE)])
+
+
+def test_the_guides_table_of_flags_has_the_defaults_of_training():
+    stated = dict(re.findall(r'^\| `--(\w+)` \| `(.*?)` \|', read('JAX_README.md'), re.M))
+    assert len(stated) == 12
+    defaults = settings('train_jax.py')
+    assert {k: type(defaults[k])(v) for k, v in stated.items()} == {k: defaults[k] for k in stated}
+
+
+def test_messages_that_the_guide_explains_are_printed():
+    strings = [node.value for path in [*CODE, 'data/common.py'] for node in
+               ast.walk(ast.parse(read(path)))
                if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    quoted = re.findall(r'\*\*"([^"*]+)"\.?\*\*', prose('JAX_README.md'))
-    assert quoted
-    assert_none([f'nothing prints {part}' for text in quoted for part in text.split('...')
-                 if not any(part.strip() in string for string in strings)])
+    quoted = re.findall(r'^\| "(.*?)" \|', read('JAX_README.md'), re.M)
+    assert len(quoted) > 9
+    assert_none([f'nothing prints {text}' for text in quoted
+                 if not any(text in string for string in strings)])
+
+
+def test_design_names_every_script_and_module():
+    assert_none([f'docs/design.md does not name {path}' for path in CODE
+                 if os.path.basename(path) not in read('docs/design.md')
+                 and '__init__' not in path])
+
+
+@each_document
+def test_every_dotted_name_of_a_library_exists(document):
+    alias = {'jnp': 'jax.numpy', 'lax': 'jax.lax', 'np': 'numpy', 'nnx': 'flax.nnx',
+             'ocp': 'orbax.checkpoint'}
+    text = '\n'.join(spans(document) + [text for _, text in fenced(document)])
+    for name in set(re.findall(
+            r'(?<![\w./])(?:jax|jnp|lax|np|flax|nnx|optax|ocp)(?:\.[A-Za-z_]\w*)+', text)):
+        first, _, rest = name.partition('.')
+        pkgutil.resolve_name(f'{alias.get(first, first)}.{rest}')
+
+
+def test_the_mapping_has_every_torch_api_of_nanogpt_and_only_names_of_ours_that_exist():
+    rows = [line.strip('|').split('|') for line in re.findall(r'^\|.*\|$', read(MAPPING), re.M)]
+    first = ' '.join(word for row in rows for word in re.findall('`([^`]+)`', row[0]))
+    stated = {name for word in re.findall(r'\w+(?:\.\w+)*', first)
+              for name in (word, word.split('.')[-1])}
+    assert_none([f'{MAPPING}: no row for {name}' for name in TORCH if name not in stated])
+    code = '\n'.join(map(read, CODE))
+    where = re.findall('^Here: .*$', read(MAPPING), re.M)
+    where += [row[2] for row in rows if len(row) == 4]
+    named = re.findall(r'`(\w+)[^`]*`', '\n'.join(where))
+    assert len(named) > 40
+    assert_none({f'{MAPPING}: no script or module has {name}' for name in named
+                 if not re.search(rf'\b{name}\b', code)})
+
+
+# -----------------------------------------------------------------------------
+# lengths
+
+@pytest.mark.parametrize('document', WORDS)
+def test_it_is_short(document):
+    assert len(read(document).split()) <= WORDS[document]
+
+
+def test_no_sentence_stands_in_two_documents():
+    seen = {}
+    for document in DOCUMENTS:
+        text = re.sub(r'^(\||#|[-*] |\s*$)', '\n. ', prose(document), flags=re.M)
+        for sentence in re.split(r'[.:|]\s', text):
+            words = ' '.join(re.findall(r'\w+', re.sub(r'\]\(.*?\)', '', sentence)))
+            if len(words.split()) >= 8:
+                assert seen.setdefault(words, document) == document, f'{document}: {words}'
 
 
 # -----------------------------------------------------------------------------
 # running commands and code
 
-@pytest.fixture(scope='module')
-def copy(tmp_path_factory):
-    """A copy of the scripts, configs and data sets, with a small text instead of downloads."""
-    folder = tmp_path_factory.mktemp('copy') / 'nanogpt-jax'
-    ignored = shutil.ignore_patterns('.*', 'tests', 'testdata', *IGNORED)
-    shutil.copytree(ROOT, folder, ignore=ignored)
-    (folder / 'data' / 'own').mkdir(exist_ok=True)
-    text = 'The quick brown fox jumps over the lazy dog.\n' * 100
+@pytest.fixture
+def copy(tmp_path):
+    """A folder with the configs and data sets, and a small text instead of a download."""
+    for name in ('config', 'data'):
+        shutil.copytree(os.path.join(ROOT, name), tmp_path / name,
+                        ignore=shutil.ignore_patterns('*.bin', '*.pkl', 'input.txt'))
+    (tmp_path / 'data' / 'own').mkdir()
     for name in ('shakespeare_char', 'own'):
-        (folder / 'data' / name / 'input.txt').write_text(text)
-    return folder
+        (tmp_path / 'data' / name / 'input.txt').write_text('The quick brown fox jumps.\n' * 100)
+    return tmp_path
 
 
 def must_run(folder, script, *args):
-    """Run a script in the copy: training and sampling inside this process, which is faster."""
-    if script in SCRIPTS and script not in TOOLS:
-        result = run_inside(folder, script, *args)
-    else:
-        script = module_name(script) if script in TOOLS else folder / script
-        result = run(folder, script, *args, stdin='', PYTHONPATH=str(folder))
-    assert result.returncode == 0, (
-        f'{shlex.join([str(script), *args])}\n{result.stdout[-2000:]}{result.stderr}')
+    result = run(folder, script, *args)
+    assert result.returncode == 0, f'{shlex.join([script, *args])}\n{result.stdout}{result.stderr}'
+    return result.stdout
 
 
-def test_the_short_commands_of_the_readme_run_in_their_order(copy):
-    ran = set()
+@pytest.mark.slow
+def test_readmes_commands_run_in_their_order(copy):
+    # one iteration of a small model, a few tokens; the shape of a resumed run is its checkpoint's
+    small = {'train_jax.py': ['--device=cpu', '--max_iters=0', '--eval_iters=1', '--batch_size=2',
+                              '--block_size=32', '--n_layer=1'],
+             'sample_jax.py': ['--device=cpu', '--num_samples=1', '--max_new_tokens=3']}
+    resumed = ['--device=cpu', '--max_iters=1', '--eval_iters=1']
+    needs_a_download = ('gpt2', 'openwebtext', 'ckpt.pt', 'out-converted', 'data/shakespeare/',
+                        'out-shakespeare ')
+    ran = []
     for script, *args in python_calls('README.md'):
-        resumed = '--init_from=resume' in args
         command = ' '.join([script, *args, ''])
-        if script == '-m' or any(word in command for word in NOT_SHORT):
+        if script == '-m' or any(word in command for word in needs_a_download):
             continue
-        if script == 'train_jax.py' and not resumed:
-            for out in copy.glob('out*'):  # two examples write to one out_dir, which is refused
-                shutil.rmtree(out)
-        must_run(copy, script, *args, *(RESUMED if resumed else SHORT.get(script, [])))
-        ran.add(script)
-    assert ran >= {'data/pydoc_char/prepare.py', 'data/shakespeare_char/prepare.py',
-                   'train_jax.py', 'sample_jax.py'}
+        more = resumed if '--init_from=resume' in args else small.get(script, [])
+        must_run(copy, str(copy / script) if script in PREPARE else script, *args, *more)
+        ran.append(script)
+    assert len(ran) == 8, ran
 
 
-@pytest.mark.parametrize('number', range(len(blocks('JAX_README.md', 'python'))))
-def test_python_blocks_of_the_documentation_run(copy, number):
-    # run as data/own/prepare.py, which one of them is: it reads input.txt beside itself
-    (copy / 'data' / 'own' / 'prepare.py').write_text(blocks('JAX_README.md', 'python')[number])
-    must_run(copy, 'data/own/prepare.py')
+@pytest.mark.slow
+def test_the_guides_python_runs(copy):
+    for language, text in fenced('JAX_README.md'):
+        if language == 'python':  # one of them is data/own/prepare.py, which reads its input.txt
+            (copy / 'data' / 'own' / 'prepare.py').write_text(text)
+            must_run(copy, str(copy / 'data' / 'own' / 'prepare.py'))
+    assert (copy / 'data' / 'own' / 'train.bin').exists()
 
 
-def test_the_lessons_of_the_mapping_run_in_their_order(copy):
-    lessons = blocks(MAPPING, 'python')
-    torch = [block for block in lessons if block.startswith('# PyTorch')]
-    compile('\n'.join(torch), MAPPING, 'exec')
-    ours = '\n'.join(block for block in lessons if block not in torch)
-    (copy / 'lessons.py').write_text(ours)
-    must_run(copy, 'lessons.py')
-
-
-# -----------------------------------------------------------------------------
-# names in the code, and in libraries
-
-def definitions(node, prefix=''):
-    """(dotted name, syntax tree) of functions, classes and values, and of those inside them."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-            yield prefix + child.name, child
-            yield from definitions(child, f'{prefix}{child.name}.')
-        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
-            yield prefix + child.id, node  # the assignment
-        else:
-            yield from definitions(child, prefix)
-
-
-TREES = {path: ast.parse(read(path)) for path in find('*.py', 'nanogpt_jax/*.py', 'tools/*.py')}
-DEFINED = {path: [*definitions(tree)] for path, tree in TREES.items()}
-LIBRARY = find('jax_*.py', 'nanogpt_jax/*.py')
-MODULES = {'model': 'jax_transformer.py', 'utils': 'jax_train_utils.py'} | {
-    os.path.basename(path).removesuffix('.py'): path for path in find('nanogpt_jax/*.py')}
-# `name` in `place`, or `name` alone
-NAMED = re.compile(r'`([A-Za-z_][\w./]*)[^`]*`(?:(?:\sis)?\s(?:in|of)\s`([\w/]+(?:\.py)?)`)?')
-ALIASES = {'jnp': 'jax.numpy', 'lax': 'jax.lax', 'np': 'numpy', 'nnx': 'flax.nnx',
-           'ocp': 'orbax.checkpoint'}
-API = re.compile(r'(?<![\w./])(?:jax|jnp|lax|np|flax|nnx|optax|orbax|ocp)(?:\.[A-Za-z_]\w*)+')
-
-
-def find_definitions(name, place):
-    """[(path, syntax tree)] of a name in a place: a module, a function, or '' for the library."""
-    path = MODULES.get(place, place)
-    paths = [path] if path in DEFINED else DEFINED if place else LIBRARY
-    pattern = re.compile(rf'(.*\.)?{re.escape(place)}\.(.*\.)?{re.escape(name)}')
-    return [(p, tree) for p in paths for full, tree in DEFINED[p]
-            if full == name and (p == path or not place) or place and pattern.fullmatch(full)]
-
-
-def full_name(name, aliases):
-    """A dotted name with its first word replaced by what it is an alias of."""
-    first, dot, rest = name.partition('.')
-    return aliases.get(first, first) + dot + rest
-
-
-def imported(tree):
-    """{name: full name} of all that a module imports."""
-    names = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {a.asname: a.name for a in node.names if a.asname}
-            names |= {first: first for first in (a.name.split('.')[0] for a in node.names)}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {a.asname or a.name: f'{node.module}.{a.name}' for a in node.names}
-    return names
-
-
-def names_used(path, tree):
-    """Full names of imported things in a syntax tree, and all attributes with a dot, as .shape."""
-    imports, used = imported(TREES[path]), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            used.add(f'.{node.attr}')
-        if isinstance(node, (ast.Attribute, ast.Name)):
-            used.add(full_name(ast.unparse(node), imports))
-    return used
-
-
-def is_used(name, used):
-    """Whether a name is among those used; of a method, such as Manager.save, only .save can be."""
-    if name.startswith('.'):
-        return name in used
-    name = full_name(name, ALIASES)
-    owner, _, attribute = name.rpartition('.')
-    is_method = isinstance(pkgutil.resolve_name(owner), type)
-    return (f'.{attribute}' if is_method else name) in used
-
-
-@each_document
-def test_every_dotted_name_of_a_library_resolves(document):
-    code = [*spans(prose(document)), *blocks(document, 'python'), *blocks(document, 'sh')]
-    wrong = []
-    for name in set(API.findall('\n'.join(code))):
-        try:
-            pkgutil.resolve_name(full_name(name, ALIASES))
-        except (ImportError, AttributeError) as e:
-            wrong.append(f'{document}: {name}: {e}')
-    assert_none(wrong)
-
-
-@each_document
-def test_names_are_where_they_are_said_to_be(document):
-    said = [(name, place) for name, place in NAMED.findall(prose(document))
-            if place in MODULES or place in DEFINED]
-    if document == MAPPING:  # its tables and lessons name functions with or without a module
-        where = [row[2] for row in rows(read(MAPPING)) if len(row) == 4]
-        where += re.findall('^Here: (.*)$', read(MAPPING), re.M)
-        said += [(name, place) for name, place in NAMED.findall('\n'.join(where))
-                 if name not in MODULES and name not in DEFINED]
-    assert_none({f'{document}: there is no {name} in {place or "any module"}'
-                 for name, place in said if not find_definitions(name, place)})
-
-
-def test_every_torch_api_that_nanogpt_uses_has_its_row():
-    first = ' '.join(span for row in rows(read(MAPPING)) for span in spans(row[0]))
-    stated = {name for word in re.findall(r'\w+(?:\.\w+)*', first)
-              for name in (word, word.split('.')[-1])}
-    assert_none([f'{MAPPING}: no row for {name}' for name in TORCH if name not in stated])
-
-
-def test_the_functions_that_a_row_of_the_mapping_names_use_its_jax_apis():
-    """Each API in the second cell is used by one of the functions or modules in the third."""
-    wrong, checked = [], 0
-    for _, jax_cell, where, _ in (row for row in rows(read(MAPPING)) if len(row) == 4):
-        apis = [*API.findall('\n'.join(spans(jax_cell))),
-                *re.findall(r'`(\.[a-z_]+)', jax_cell)]  # `.reshape` is an array's method
-        found = []
-        for name, place in NAMED.findall(where):
-            path = MODULES.get(name, name)
-            found += ([(path, TREES[path])] if path in TREES and not place else
-                      find_definitions(name, place))
-        used = set().union(*(names_used(path, tree) for path, tree in found))
-        if found:
-            wrong += [f'{where} does not use {name}' for name in apis if not is_used(name, used)]
-            checked += len(apis)
-    assert_none(wrong)
-    assert checked > 60
+@pytest.mark.slow
+def test_the_mappings_lessons_print_what_they_show(copy):
+    """A block without a language shows what the Python block before it prints."""
+    lessons, blocks = [], fenced(MAPPING)
+    for (language, text), (following, output) in itertools.pairwise([*blocks, ('sh', '')]):
+        if language == 'python' and text.startswith('# PyTorch'):
+            compile(text, MAPPING, 'exec')
+        elif language == 'python':
+            lessons.append((text, output if following == '' else ''))
+    (copy / 'lessons.py').write_text('\nprint("\\f")\n'.join(text for text, _ in lessons))
+    printed = must_run(copy, str(copy / 'lessons.py')).split('\f\n')
+    assert len(printed) == len(lessons) and any(output for _, output in lessons)
+    for (text, output), actual in zip(lessons, printed):
+        assert actual.strip() == output.strip(), text

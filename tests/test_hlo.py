@@ -1,8 +1,6 @@
 """What tools/hlo.py finds in a compiled program: collective operations, cycles on a TPU."""
 
-from tools.hlo import (
-    collectives, custom_calls, cycles_by_part, estimated_cycles, matmul_types, stored_shapes,
-)
+from tools.hlo import collectives, cycles_by_part, estimated_cycles
 
 PROGRAM = """
 HloModule step
@@ -137,33 +135,3 @@ ENTRY %main.9 (p: f32[8]) -> f32[8] {
     assert list(cycles_by_part(program).items()) == [
         ('attn', 11), ('without a name', 9), ('mlp', 4), ('head', 3), ('optimizer', 2),
         ('other', 1)]
-
-
-# shortened from a step for a GPU
-GPU_PROGRAM = """
-%fused (a: bf16[8,4], b: f32[4,2]) -> bf16[8,2] {
-  %a = bf16[8,4]{1,0} parameter(0)
-  %b = f32[4,2]{1,0} parameter(1)
-  %c = bf16[4,2]{1,0} convert(%b)
-  %hidden = f32[8,2]{1,0} convert(%d)
-  ROOT %d = bf16[8,2]{1,0} dot(%a, %c), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-}
-%body (p: f32[4,2]) -> f32[4,2] {
-  %x = f32[4,4]{1,0} copy(%p)
-  %y = (f16[4,2]{1,0}, s8[64]{0}) custom-call(%x, %p), custom_call_target="__cublas$lt$matmul"
-  %z = (bf16[4,2]{1,0}, s8[0]{0}) custom-call(%x, %p), custom_call_target="__cudnn$fmhaSoftmax"
-}
-ENTRY %main.9 (p: f32[4,2]) -> f32[4,2] {
-  %p = f32[4,2]{1,0} parameter(0)
-  %f = bf16[8,2]{1,0} fusion(%q, %p), kind=kCustom, calls=%fused
-  %w = f32[4,2]{1,0} while(%p), condition=%c, body=%body, \
-backend_config={"known_trip_count":{"n":"3"}}
-}
-"""
-
-
-def test_matmuls_kernels_and_stored_shapes_are_found():
-    assert matmul_types(GPU_PROGRAM) == {('bf16', 'bf16'): 1, ('f32', 'f32'): 1}
-    assert custom_calls(GPU_PROGRAM, '__cudnn$fmha') == 3
-    assert stored_shapes(GPU_PROGRAM) == ['f32[4,4]', 'f16[4,2]', 's8[64]', 'bf16[4,2]', 's8[0]',
-                                          'f32[4,2]', 'bf16[8,2]', 'f32[4,2]']

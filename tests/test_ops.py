@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hlo_text import stored_shapes
 
 import jax_train_utils as utils
 from jax_transformer import GPTConfig, run_blocks
@@ -19,7 +20,6 @@ from nanogpt_jax.ops import (
 )
 from nanogpt_jax.sharding import is_matmul, shard_batch
 from test_jax_transformer import one_device_mesh, scan, tiny, tokens
-from tools.hlo import stored_shapes
 
 
 @pytest.fixture(autouse=True)

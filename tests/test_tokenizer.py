@@ -1,13 +1,21 @@
 """A tokenizer.json of one's own: what a run, its checkpoint, sampling and conversion make of it."""
 
+import contextlib
 import json
+import os
 
 import numpy as np
+import optax
 import pytest
 from corpus import DOCS
-from helpers import TINY, one_line_error, run_inside, saved, train, with_data
+from flax import nnx
+from helpers import TINY, one_line_error, run, saved, train, with_data
+from test_weights import write_hf
 
+from jax_train_utils import create_train_state
+from jax_transformer import GPT, GPTConfig, export_torch_weights, model_args
 from nanogpt_jax import tokenizer
+from nanogpt_jax.checkpoint import Checkpoints
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.sampling import Continuation
 
@@ -48,7 +56,7 @@ def trained(tmp_path_factory, own):
 
 
 def sample(folder, *args):
-    return run_inside(folder, 'sample_jax.py', '--device=cpu', '--max_new_tokens=20', *args)
+    return run(folder, 'sample_jax.py', '--device=cpu', '--max_new_tokens=20', *args)
 
 
 def test_a_run_takes_its_vocabulary_from_tokenizer_json_and_its_checkpoint_keeps_it(trained, own):
@@ -76,17 +84,54 @@ def test_a_run_takes_its_vocabulary_from_tokenizer_json_and_its_checkpoint_keeps
 
 
 @pytest.mark.parametrize('text, words', [
-    (word_level('<|endoftext|>', 'the'), ['other characters or tokens', 'data/other']),
+    (None, ['cannot use data/other/tokenizer.json', 'not a file']),  # a FIFO
+    (word_level('<|endoftext|>', 'the'), ['the vocabulary of data/other differs']),
     (word_level('a', size=65537), ['data/other/tokenizer.json', '65,537 tokens', 'uint16']),
     ('{"model": 1}', ['cannot use data/other/tokenizer.json']),
-    ('no JSON', ['cannot read data/other/tokenizer.json']),
+    ('no JSON', ['cannot use data/other/tokenizer.json']),
 ])
 def test_another_tokenizer_is_refused_in_one_line(trained, text, words):
     write_tokens(trained / 'data' / 'other', word_level('a'))
-    (trained / 'data' / 'other' / 'tokenizer.json').write_text(text)
-    result = run_inside(trained, 'train_jax.py', *TINY, '--init_from=resume', '--dataset=other',
+    path = trained / 'data' / 'other' / 'tokenizer.json'
+    if text is None:
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
+    result = run(trained, 'train_jax.py', *TINY, '--init_from=resume', '--dataset=other',
                         '--max_iters=9')
+    path.unlink()
     one_line_error(result, *words)
+
+
+def test_an_error_in_a_buckets_file_is_not_one_of_the_bucket(monkeypatch, tmp_path):
+    @contextlib.contextmanager
+    def open_in_bucket(path, mode='r'):
+        try:
+            with open(path, mode) as f:
+                yield f
+        except Exception as e:
+            raise UserError('check the credentials') from e
+    monkeypatch.setattr(tokenizer.run_dir, 'open_file', open_in_bucket)
+    for name in ('tokenizer.json', 'meta.pkl'):
+        (tmp_path / name).write_text('no JSON')
+        with pytest.raises(UserError, match=f'cannot use .*{name}'):
+            tokenizer.load_vocabulary(str(tmp_path))
+        (tmp_path / name).unlink()
+
+
+def test_a_lack_of_memory_names_the_tokenizer(monkeypatch, tmp_path, own):
+    def fail(*args):
+        raise MemoryError
+    (tmp_path / 'tokenizer.json').write_text(own)
+    monkeypatch.setattr(json, 'loads', fail)
+    with pytest.raises(UserError, match='not enough memory to use .*tokenizer.json'):
+        tokenizer.load_vocabulary(str(tmp_path))
+    (tmp_path / 'tokenizer.json').unlink()
+    # an index of 4 billion in a pickle of a few bytes, for which C's unpickler makes room
+    (tmp_path / 'meta.pkl').write_bytes(b'\x80\x02}r\xff\xff\xff\xff.')
+    with pytest.raises(UserError, match='meta.pkl .KeyError'):
+        tokenizer.load_vocabulary(str(tmp_path))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_in_one_line(folder, own):
@@ -94,51 +139,43 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_in_one_line(fold
     meta = folder / 'data' / 'tiny' / 'meta.pkl'
     meta.unlink()
     (folder / 'data' / 'tiny' / 'tokenizer.json').write_text(own)
-    one_line_error(run_inside(folder, 'train_jax.py', *TINY, '--init_from=resume', '--max_iters=9'),
-                   'was trained on other characters or tokens')
+    one_line_error(run(folder, 'train_jax.py', *TINY, '--init_from=resume', '--max_iters=9'),
+                   'the vocabulary of data/tiny differs')
     write_hf_folder(folder / 'hf') # 65 tokens, of no known text
-    one_line_error(run_inside(folder, 'train_jax.py', *TINY, '--init_from=hf', '--out_dir=b'),
+    one_line_error(run(folder, 'train_jax.py', *TINY, '--init_from=hf', '--out_dir=b'),
                    'data/tiny/tokenizer.json has 280 tokens', 'the model only 65')
 
 
 def write_hf_folder(path):
-    from flax import nnx
-    from test_weights import write_hf
-
-    from jax_transformer import GPT, GPTConfig, export_torch_weights
     config = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
     write_hf(path, export_torch_weights(GPT(config, rngs=nnx.Rngs(0))))
 
 
-def test_sampling_with_more_tokens_than_the_model_is_refused_in_one_line(trained, monkeypatch):
-    load = tokenizer.get_tokenizer
-    monkeypatch.setattr(tokenizer, 'get_tokenizer', lambda v: (*load(v)[:2], 281))
-    one_line_error(sample(trained), 'the tokenizer has 281 tokens, the model only 280')
+def test_sampling_with_more_tokens_than_the_model_is_refused_in_one_line(tmp_path, own):
+    config = GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32)
+    state = create_train_state(GPT(config, rngs=nnx.Rngs(0)), optax.identity())
+    with Checkpoints(str(tmp_path / 'out_jax')) as checkpoints:
+        checkpoints.save(state, dict(iter_num=1, best_val_loss=1.0, model_args=model_args(config),
+                                     config={'always_save_checkpoint': True}, chars=own))
+    one_line_error(sample(tmp_path), 'the tokenizer has 280 tokens, the model only 65')
 
 
 def test_two_vocabularies_of_one_data_set_are_refused(folder, own):
     (folder / 'data' / 'tiny' / 'tokenizer.json').write_text(own)
-    one_line_error(run_inside(folder, 'train_jax.py', *TINY),
+    one_line_error(run(folder, 'train_jax.py', *TINY),
                    'data/tiny has a tokenizer.json and a meta.pkl', alone=True)
 
 
-def test_without_the_package_one_line_says_how_to_install_it(trained, monkeypatch):
-    monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
+def test_without_the_package_one_line_says_how_to_install_it(trained, tmp_path):
+    (tmp_path / 'tokenizers.py').write_text('raise ImportError')
     for script, *args in (['train_jax.py', *TINY, '--dataset=own', '--out_dir=b'],
                           ['sample_jax.py', '--device=cpu']):
-        one_line_error(run_inside(trained, script, *args), 'pip install tokenizers')
-
-
-def test_a_model_for_transformers_has_the_tokenizer_and_its_end(trained, own):
-    run_inside(trained, 'convert_jax.py', '--src=out_jax', '--dst=hf', '--format=hf')
-    assert json.loads((trained / 'hf' / 'tokenizer.json').read_text('utf-8')) == json.loads(own)
-    config = json.loads((trained / 'hf' / 'config.json').read_text())
-    assert config['eos_token_id'] == 0 == tokenizers.Tokenizer.from_str(own).token_to_id(
-        '<|endoftext|>')
+        one_line_error(run(trained, script, *args, PYTHONPATH=str(tmp_path)),
+                       'pip install tokenizers')
 
 
 def test_the_size_of_a_model_counts_its_own_tokens(trained):
-    result = run_inside(trained, 'tools.sizing', '--dataset=own')
+    result = run(trained, 'tools.sizing', '--dataset=own')
     assert 'vocabulary 280 (of data/own/tokenizer.json)' in result.stdout, result.stderr
 
 
@@ -182,6 +219,22 @@ def test_any_ids_of_an_untrained_model_become_text(own, kind):
         sample = Continuation(make_decode(encode('the')))
         sample.add(rng.integers(n, size=50).tolist())
         assert len(sample.text + sample.close()) > 10
+
+
+@pytest.mark.parametrize('kind', ['own', 'byte_fallback', 'gpt2', 'characters'])
+def test_the_bytes_of_a_texts_tokens_add_up_to_its_bytes(own, kind):
+    text = ''.join(map(chr, [97, 10, *range(32, 256), 0x20ac, 0x1f600])) + DOCS[7]
+    vocabulary = {'own': own, 'byte_fallback': byte_fallback(), 'gpt2': None,
+                  'characters': sorted(set(text))}[kind]
+    try:
+        encode, _, n = tokenizer.get_tokenizer(vocabulary)
+    except UserError:
+        pytest.skip("GPT-2's tokenizer is neither cached nor reachable")
+    n_bytes = tokenizer.bytes_of_tokens(vocabulary)
+    # sentencepiece's way puts a space before a text
+    added = kind == 'byte_fallback'
+    assert len(n_bytes) == n
+    assert sum(n_bytes[i] for i in encode(text)) == len(text.encode()) + added
 
 
 def test_end_of_text_is_a_token_in_a_prompt(own):

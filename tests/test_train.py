@@ -184,6 +184,11 @@ def test_read_metrics_skips_lines_that_are_no_metrics(tmp_path):
     lines = [b'', b'3', b'[]', b'{"loss": 1}', b'{"iter": "1"}', b'\xff', good, b'{"iter": 2,']
     (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join(lines))
     assert read_metrics(tmp_path) == [{'iter': 1, 'loss': None}]
+    (tmp_path / 'metrics.jsonl').unlink()
+    os.mkfifo(tmp_path / 'metrics.jsonl')  # reading it would never end
+    assert MetricsFile(tmp_path, 3).file is None
+    with pytest.raises(UserError, match='metrics.jsonl is not a file'):
+        read_metrics(tmp_path)
 
 
 # -----------------------------------------------------------------------------
@@ -225,6 +230,10 @@ def test_eval_only_evaluates_once_whatever_the_seed_and_writes_nothing(copy, tra
     assert not ITER.findall(out)
     # the model at iteration 21 has trained one step more than that of the last line
     (step, *losses), = STEP.findall(out)
+    # its characters have one byte each; the line is computed from the unrounded loss
+    bits = float(re.search(r'^val loss in bits per byte: ([\d.]+) \(1.00 bytes per token\)$', out,
+                           re.M)[1])
+    assert abs(bits - float(losses[1]) / np.log(2)) < 2e-4
     assert step == '21' and abs(float(losses[1]) - float(STEP.findall(trained.out)[-1][2])) < 0.2
     assert {path: path.stat().st_mtime_ns for path in copy.rglob('*')} == before
 

@@ -1,21 +1,33 @@
-"""GPT-2's weights from Hugging Face folders, and the parameter counts of its larger sizes."""
+"""Weights of other projects: Hugging Face folders, nanoGPT's ckpt.pt, and what is refused of them;
+the parameter counts of GPT-2's larger sizes."""
 
 import json
 import os
+import pickle
+import runpy
 import subprocess
 import sys
+import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
-from helpers import ROOT, TINY, one_line_error, run, run_inside, train
+from helpers import ROOT, TINY, one_line_error, run, train
 from safetensors.numpy import load_file, save_file
 
-from jax_transformer import GPT, GPTConfig, export_torch_weights
+from jax_train_utils import create_train_state
+from jax_transformer import GPT, GPTConfig, export_torch_weights, model_args
+from nanogpt_jax.checkpoint import Checkpoints
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.pretrained import CONV1D, GPT2_SHAPES
+from nanogpt_jax.pretrained import CONV1D, GPT2_SHAPES, check_is_gpt2
+from nanogpt_jax.run_dir import hold_out_dir, release_out_dir
+from nanogpt_jax.torch_file import read_torch_file, rebuild_tensor
 from test_jax_transformer import golden_numbers
+
+FIXTURE = os.path.join(ROOT, 'testdata', 'ckpt.pt')
 
 
 def write_hf(folder, weights, prefix='', **changes):
@@ -80,10 +92,24 @@ def test_unusable_folders_and_overrides_are_refused(tmp_path, model):
 
 @pytest.mark.parametrize('change', [
     dict(n_inner=64), dict(activation_function='relu'), dict(layer_norm_epsilon=1e-6),
-    dict(scale_attn_by_inverse_layer_idx=True), dict(tie_word_embeddings=False)])
-def test_variants_that_nanogpt_does_not_compute_are_refused(tmp_path, model, change):
+    dict(scale_attn_by_inverse_layer_idx=True), dict(tie_word_embeddings=False),
+    dict(n_layer='2'), dict(n_head=2.0), dict(n_embd=None), dict(vocab_size=float('nan')),
+    dict(n_layer=10_000), dict(n_layer=10 ** 7)])
+def test_variants_that_nanogpt_does_not_compute_are_refused(tmp_path, model, monkeypatch, change):
+    # at once: a model of 10,000 blocks takes half a minute to build
+    monkeypatch.setattr(nnx, 'eval_shape', None)
     path = write_hf(tmp_path / 'hf', export_torch_weights(model), **change)
-    with pytest.raises(UserError, match=next(iter(change))):
+    with pytest.raises(UserError, match=f'config.json.*{next(iter(change))}'):
+        GPT.from_pretrained(path)
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='has no FIFOs')
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_a_fifo_in_a_folder_is_refused(tmp_path, model, name):
+    path = write_hf(tmp_path / 'hf', export_torch_weights(model))
+    os.remove(os.path.join(path, name))
+    os.mkfifo(os.path.join(path, name))
+    with pytest.raises(UserError, match=f'{name}.*not a file'):
         GPT.from_pretrained(path)
 
 
@@ -167,17 +193,27 @@ def test_loading_holds_at_most_one_tensor_twice(tmp_path):
 # -----------------------------------------------------------------------------
 # from the command line
 
-def test_convert_names_missing_packages_and_flags(folder):
-    (folder / 'stub').mkdir()
-    stub = 'raise ImportError("as if it were not installed")'
-    (folder / 'stub' / 'torch.py').write_text(stub)
-    (folder / 'ckpt.pt').write_bytes(b'')
-    for args in (['--src=ckpt.pt', '--dst=out'],
-                 ['--src=out_jax', '--dst=new.pt', '--format=nanogpt']):
-        result = run(folder, 'convert_jax.py', *args, PYTHONPATH=str(folder / 'stub'))
-        one_line_error(result, 'pip install torch')
-    one_line_error(run_inside(folder, 'convert_jax.py', '--dst=out'), '--src')
-    one_line_error(run_inside(folder, 'convert_jax.py', '--src=out_jax'), '--dst')
+@pytest.fixture
+def script(folder, monkeypatch):
+    """script(name, *args) runs a script in this process and in folder, and raises its errors."""
+    def run_script(name, *args):
+        monkeypatch.setattr(sys, 'argv', [name, *args])
+        runpy.run_path(os.path.join(ROOT, name), run_name='__main__')
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # restored at the end
+    return run_script
+
+
+def test_missing_packages_and_flags_are_named(script, monkeypatch):
+    for name in ('torch', 'lm_eval'):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    convert, evaluate = 'convert_jax.py', 'tools/evaluate.py'
+    for command, words in (
+            ([convert, '--src=a', '--dst=a.pt', '--format=nanogpt'], 'pip install torch'),
+            ([convert, '--dst=out'], '--src'), ([convert, '--src=out_jax'], '--dst'),
+            ([evaluate, '--tasks=x'], 'pip install lm_eval'), ([evaluate], '--tasks')):
+        with pytest.raises(UserError, match=words):
+            script(*command)
 
 
 def test_an_unreachable_hub_is_a_one_line_error(folder):
@@ -193,9 +229,186 @@ def test_a_run_starts_from_a_folder_and_resumes(folder, model):
     assert 'tokens per iteration will be: 64' in out
     resumed = train(folder, '--init_from=resume', '--block_size=8', '--max_iters=3')
     assert 'iter 3: loss' in resumed
-    result = run_inside(folder, 'train_jax.py', *TINY, '--init_from=hf', '--block_size=32',
+    result = run(folder, 'train_jax.py', *TINY, '--init_from=hf', '--block_size=32',
                  '--out_dir=other')
     one_line_error(result, 'block_size', '16')
+
+
+# -----------------------------------------------------------------------------
+# nanoGPT's ckpt.pt, read without torch. test_torch.py compares with what torch reads
+
+class Named:
+    """A call of a named function, in a pickle."""
+
+    def __init__(self, module, name, *args):
+        self.module, self.name, self.args = module, name, args
+
+
+class TorchPickler(pickle._Pickler):
+    """Pickles arrays as torch.save does, and collects them as storages."""
+
+    def __init__(self, file, n_missing=0):
+        super().__init__(file, protocol=2)
+        self.storages, self.n_missing = [], n_missing
+
+    def save(self, obj, save_persistent_id=True):
+        if isinstance(obj, Named):
+            self.write(f'c{obj.module}\n{obj.name}\n'.encode())
+            super().save(obj.args)
+            self.write(pickle.REDUCE)
+        elif isinstance(obj, np.ndarray):
+            self.write(b'ctorch._utils\n_rebuild_tensor_v2\n((')  # with MARK, twice
+            super().save('storage')
+            self.write(b'ctorch\nFloatStorage\n')
+            for part in (str(len(self.storages)), 'cpu', obj.size):
+                super().save(part)
+            self.write(pickle.TUPLE + pickle.BINPERSID)
+            strides = tuple(n // obj.itemsize for n in obj.strides)
+            for part in (0, obj.shape, strides, False, None):
+                super().save(part)
+            self.write(pickle.TUPLE + pickle.REDUCE)
+            storage = obj.astype(np.float32).tobytes()
+            self.storages.append(storage[:len(storage) - self.n_missing])
+        else:
+            super().save(obj, save_persistent_id)
+
+
+def save_ckpt(path, ckpt, n_missing=0, compression=zipfile.ZIP_STORED):
+    """torch.save without torch; the storages lack their last n_missing bytes."""
+    with zipfile.ZipFile(path, 'w', compression) as file:
+        with file.open('ckpt/data.pkl', 'w') as f:
+            pickler = TorchPickler(f, n_missing)
+            pickler.dump(ckpt)
+        file.writestr('ckpt/version', '3\n')
+        for i, storage in enumerate(pickler.storages):
+            file.writestr(f'ckpt/data/{i}', storage)
+
+
+HOSTILE = {
+    'no model_args': (lambda c: c.pop('model_args'), 'model_args'),
+    'no n_head': (lambda c: c['model_args'].pop('n_head'), 'n_head'),
+    'config None': (lambda c: c.update(config=None), 'config is a NoneType'),
+    'config list': (lambda c: c.update(config=[]), 'config is a list'),
+    'iter_num None': (lambda c: c.update(iter_num=None), 'iter_num is None'),
+    'iter_num text': (lambda c: c.update(iter_num='five'), "iter_num is 'five'"),
+    'iter_num negative': (lambda c: c.update(iter_num=-1), 'iter_num is -1'),
+    'loss text': (lambda c: c.update(best_val_loss='low'), 'best_val_loss'),
+    'model list': (lambda c: c.update(model=[]), 'model is a list'),
+    'int key': (lambda c: c['model'].update({1: np.zeros(2)}), 'its model has 1'),
+    'text value': (lambda c: c['model'].update(x='y'), "its model has 'x', a str"),
+    'missing': (lambda c: c['model'].pop('_orig_mod.transformer.ln_f.weight'),
+                'ln_f.weight is missing'),
+    'shape': (lambda c: c['model'].update({'transformer.wpe.weight': np.zeros((8, 32))}),
+              '(8, 32)'),
+    'n_layer text': (lambda c: c['model_args'].update(n_layer='1'), "n_layer is '1'"),
+    'n_layer': (lambda c: c['model_args'].update(n_layer=10 ** 7), 'weights have 2 blocks'),
+    'n_head float': (lambda c: c['model_args'].update(n_head=2.0), 'n_head is 2.0'),
+    'dropout text': (lambda c: c['model_args'].update(dropout='x'), "dropout is 'x'"),
+    'groups': (lambda c: c['optimizer']['param_groups'].pop(), 'optimizer state'),
+    'no moment': (lambda c: c['optimizer']['state'][0].pop('exp_avg'), 'optimizer state'),
+    'sparse': (lambda c: c['model'].update(x=Named('torch._utils', '_rebuild_sparse_tensor', 1)),
+               'only dense tensors'),
+    'meta': (lambda c: c['model'].update(
+        x=Named('torch._utils', '_rebuild_meta_tensor_no_storage', 1)), 'only dense tensors'),
+    'code': (lambda c: c['config'].update(x=Named('os', 'mkdir', 'executed')),
+             'asks for os.mkdir'),
+}
+
+
+@pytest.mark.parametrize('name', HOSTILE)
+def test_hostile_checkpoints_are_refused_in_one_line_and_run_no_code(folder, script, name):
+    change, words = HOSTILE[name]
+    ckpt = read_torch_file(FIXTURE)
+    change(ckpt)
+    save_ckpt(folder / 'bad.pt', ckpt)
+    with pytest.raises(UserError) as raised:
+        script('convert_jax.py', '--src=bad.pt', '--dst=out')
+    assert words in str(raised.value) and '\n' not in str(raised.value)
+    assert not (folder / 'executed').exists() and not (folder / 'out').exists()
+
+
+def test_damaged_files_of_torch_are_refused(tmp_path):
+    def refused(words, **how):
+        save_ckpt(tmp_path / 'bad.pt', {'x': np.zeros(10 ** 6)}, **how)
+        with pytest.raises(UserError, match=words):
+            read_torch_file(tmp_path / 'bad.pt')
+    refused('3999996 bytes; it should have 1000000 of float32', n_missing=4)
+    refused('larger than the file', compression=zipfile.ZIP_DEFLATED)  # a zip bomb
+    (tmp_path / 'cut.pt').write_bytes(open(FIXTURE, 'rb').read()[:-1000])
+    for name in ('cut.pt', 'none.pt'):
+        with pytest.raises(UserError, match=f'cannot read .*{name}'):
+            read_torch_file(tmp_path / name)
+
+
+@pytest.mark.parametrize('offset, shape, strides', [
+    (0, (7,), (1,)), (4, (3,), (1,)), (0, (2, 3), (4, 1)), (0, (10 ** 9,), (0,)),
+    (2, (2,), (-1,)), (-1, (2,), (1,))])
+def test_a_tensor_never_reaches_past_its_storage(offset, shape, strides):
+    storage = np.arange(6.0)
+    np.testing.assert_array_equal(rebuild_tensor(storage, 1, (2, 2), (1, 2)), [[1, 3], [2, 4]])
+    with pytest.raises(ValueError, match='a tensor of shape'):
+        rebuild_tensor(storage, offset, shape, strides)
+
+
+def test_convert_overwrites_nothing_and_writes_beside_no_other_run(folder, script):
+    train(folder, '--max_iters=1')
+    (folder / 'there').mkdir()
+
+    def refused(*args, words):
+        with pytest.raises(UserError, match=words):
+            script('convert_jax.py', *args)
+    for format in ('hf', 'nanogpt'):
+        refused('--src=out_jax', '--dst=there', f'--format={format}', words='there .*--dst')
+    refused(f'--src={FIXTURE}', '--dst=out_jax', words='another run.*--dst')
+    refused('--src=out_jax', '--dst=a', '--format=onnx', words="'onnx'.*nanogpt")
+    refused('--src=none.pt', '--dst=a', words='none.pt is not a file')
+    assert os.listdir(folder / 'there') == []
+    hold_out_dir(folder / 'there')
+    try:
+        one_line_error(run(folder, 'convert_jax.py', f'--src={FIXTURE}', '--dst=there'),
+                       'another run is writing to there')
+    finally:
+        release_out_dir()
+
+
+# -----------------------------------------------------------------------------
+# what is not a GPT-2 is not written as one
+
+def rms_norm(self, x):
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * self.scale[...]
+
+
+@pytest.mark.parametrize('name, other', [
+    ('gelu', lambda x: jnp.square(jnp.maximum(x, 0))), ('LayerNorm.__call__', rms_norm)])
+def test_a_model_that_computes_something_else_is_not_written_as_gpt2(
+        folder, script, monkeypatch, name, other):
+    train(folder, '--max_iters=1', '--bias=False')
+    owner, _, attribute = ('jax_transformer.' + name).rpartition('.')
+    monkeypatch.setattr(f'{owner}.{attribute}', other)
+    with pytest.raises(UserError, match='out_jax is not a GPT-2.*other logits'):
+        script('convert_jax.py', '--src=out_jax', '--dst=hf', '--format=hf')
+    assert not (folder / 'hf').exists()
+
+
+def test_other_parameters_and_settings_than_gpt2s_are_named(model):
+    weights, args = export_torch_weights(model), model_args(model.config)
+    with pytest.raises(UserError, match='out is not .* model_args have n_kv_head'):
+        check_is_gpt2(weights, args | {'n_kv_head': 1, 'rope': False}, 'out', None)
+    weights['transformer.h.0.attn.q_norm.weight'] = weights.pop('transformer.wpe.weight')
+    with pytest.raises(UserError, match=r'out is not .* 2 parameters .*q_norm.weight.*wpe'):
+        check_is_gpt2(weights, args, 'out', None)
+
+
+def test_a_run_with_another_optimizer_is_written_too(folder, script, model):
+    state = create_train_state(model, optax.sgd(0.1, momentum=0.9))
+    with Checkpoints(str(folder / 'out_jax')) as checkpoints:
+        checkpoints.save(state, dict(
+            iter_num=2, best_val_loss=1.0, model_args=model_args(model.config), chars=[],
+            config={'always_save_checkpoint': True}))
+    script('convert_jax.py', '--src=out_jax', '--dst=hf', '--format=hf')
+    back = export_torch_weights(GPT.from_pretrained(str(folder / 'hf')))
+    for name, w in export_torch_weights(model).items():
+        np.testing.assert_array_equal(w, back[name], err_msg=name)
 
 
 # -----------------------------------------------------------------------------

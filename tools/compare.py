@@ -1,6 +1,6 @@
 """
-Time this port against PyTorch nanoGPT on this machine: alternates whole runs from the command line
-and prints tables. nanoGPT's checkout needs the data of the case (data/shakespeare_char), as this
+Time this port against PyTorch nanoGPT on this machine: alternate whole runs from the command line
+and print tables. nanoGPT's checkout needs the data of the case (data/shakespeare_char), as this
 one does; the cases gpt2 and generate need none.
 $ python -m tools.compare --nanogpt=../nanoGPT --torch_python=../torch-env/bin/python
 $ python -m tools.compare --nanogpt=../nanoGPT --case=gpt2,shakespeare_loss --device=cuda
@@ -42,7 +42,7 @@ contenders = ['JAX', *(f'PyTorch {mode}' for mode in ('eager', 'compile')
 if rounds < 1 or max_iters < 0:
     raise UserError(f'rounds is {rounds} and max_iters {max_iters}; they must be at least 1 and 0')
 if not os.path.exists(os.path.join(nanogpt, 'train.py')):
-    raise UserError(f'{nanogpt} is no checkout of nanoGPT; give its folder with --nanogpt')
+    raise UserError(f'{nanogpt} is not a checkout of nanoGPT; give its folder with --nanogpt')
 
 
 def run(contender, script, *args, seed=1337):
@@ -50,7 +50,7 @@ def run(contender, script, *args, seed=1337):
     if contender == 'JAX':
         ours = os.path.join(ROOT, script.replace('.py', '_jax.py'))
         command, folder = [sys.executable, ours, f'--seed={seed}'], None
-    else:  # nanoGPT's training seed is no flag
+    else:  # nanoGPT's training seed is not a flag
         code = (f"exec(compile(open('{script}').read().replace('1337', '{seed}'), '{script}', "
                 "'exec'))")
         compiled = contender == 'PyTorch compile'
@@ -60,12 +60,12 @@ def run(contender, script, *args, seed=1337):
 
 def process(command, folder):
     """(output, seconds) of a command, run in a folder. Raises UserError if it fails."""
-    t0 = time.time()
+    t0 = time.perf_counter()
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode:
         command = ' '.join(' '.join(command).split())
         raise UserError(f'{command} failed: {" ".join(result.stderr.split())[-400:]}')
-    return result.stdout, time.time() - t0
+    return result.stdout, time.perf_counter() - t0
 
 
 def report(head, rows):
@@ -148,7 +148,7 @@ def gpt2(name):
             for _ in range(rounds):
                 try:
                     out, _ = run(contender, 'bench.py', '--real_data=False', f'--batch_size={size}')
-                except UserError as e:  # most likely out of memory: continue with the others
+                except UserError as e:  # most likely out of memory; the others may fit
                     print(e)
                     break
                 ms = float(re.findall(r'time per iteration: ([\d.]+)ms', out)[-1])
@@ -182,16 +182,16 @@ on_gpu = '{device}' == 'cuda'
 autocast = torch.amp.autocast('cuda', torch.bfloat16) if on_gpu else contextlib.nullcontext()
 with torch.no_grad(), autocast:
     model.generate(idx, 5, top_k=65)
-    t0 = time.time()
+    t0 = time.perf_counter()
     for _ in range({n} // {batch}):
         model.generate(idx, {tokens}, top_k=65).tolist()
-print('loop:', time.time() - t0, 's,')
+print('loop:', time.perf_counter() - t0, 's,')
 """
 
 
 def generate(name):
-    """Seconds of generate alone, from one token on: this port generates all samples at once,
-    nanoGPT's sample.py one after the other; its model can generate them at once too."""
+    """Seconds of generate alone, from one token on. This port generates all samples at once,
+    nanoGPT's sample.py one after the other, although its model can do it at once too."""
     rows = []
     for model, (shape, n, tokens) in GENERATED.items():
         bench = [sys.executable, os.path.join(ROOT, 'bench_jax.py'), f'--device={device}',

@@ -1,6 +1,6 @@
 """
-What a compiled program does, from the text of its HLO: what it moves between devices, stores and
-multiplies, and its cycles on a TPU.
+What a compiled program does, from the text of its HLO: what it moves between devices, and its
+cycles on a TPU.
 """
 
 import math
@@ -76,29 +76,6 @@ def custom_calls(hlo, target):
     """How often a program calls a kernel that is not XLA's; target: how its name begins."""
     return sum(count for line, count, _, _ in instructions(hlo)
                if f'custom_call_target="{target}' in line)
-
-
-def matmul_types(hlo):
-    """{(type of the left operand, of the right one): number of matmuls} of a program."""
-    types = dict(re.findall(r'^\s+(?:ROOT )?(%[\w.-]+) = \(?([a-z]+\d*)\[', hlo, re.M))
-    matmul = re.compile(r' (?:dot|convolution|custom-call)\((%[\w.-]+), (%[\w.-]+)')
-    found = {}
-    for line in hlo.splitlines():
-        operands = matmul.search(line)
-        if operands and (' custom-call(' not in line or '__cublas' in line):
-            pair = types.get(operands[1]), types.get(operands[2])
-            found[pair] = found.get(pair, 0) + 1
-    return found
-
-
-def stored_shapes(hlo):
-    """The shapes, such as bf16[12,1024,768], that a program stores: all results except inside fused
-    computations."""
-    fused = set(re.findall(r'(?:calls|to_apply)=%([\w.-]+)', hlo))
-    results = re.compile(r'\s+(?:ROOT )?%[\w.-]+ = (\(.*?\)|\S+) [\w-]+\(')
-    return [shape for name, lines in split_computations(hlo).items() if name not in fused
-            for line in lines if (result := results.match(line))
-            for shape in re.findall(r'\w+\[[\d,]*\]', result[1])]
 
 
 def instructions(hlo):

@@ -1,11 +1,12 @@
 """
-Will it fit, and how fast will it be? Compile train_jax.py's step for devices that are not there, by
-their own compiler, and print the memory, communication and, of a TPU, time that it predicts.
+Will it fit, and how fast will it be? Compile train_jax.py's step for devices that you don't have,
+by their own compiler; print the memory, the communication and, for a TPU, the time it predicts.
 $ python -m tools.plan --target=v5e
 $ python -m tools.plan config/train_gpt2.py --target=h100:8
 $ python -m tools.plan --target=v6e:2x4 --init_from=gpt2-xl --fsdp=8 --batch_size=4 --largest=True
 """
 
+import dataclasses
 import math
 import sys
 import time
@@ -14,7 +15,7 @@ import jax
 
 from jax_train_utils import check_settings, split_model
 from jax_transformer import GPTConfig
-from nanogpt_jax import devices as machine
+from nanogpt_jax.devices import attention_path, compute_dtype, peak_flops, program_memory
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.run_dir import data_dir_of
 from nanogpt_jax.pretrained import GPT2_SHAPES
@@ -28,14 +29,14 @@ sys.excepthook = report_user_error
 # -----------------------------------------------------------------------------
 target = 'v5e' # v5e, v5p, v6e or tpu7x, with a topology as in 'v5e:2x4' (alone: one chip); a GPU
                # (v100, t4, l4, a100, h100, h200, b200, ...) and how many, as in 'h100:8'; or
-               # 'cpu:8', as many virtual devices, of which it needs no compiler
-largest = False # find the largest micro-batch that fits, too: a few more compilations
+               # 'cpu:8', as many virtual devices, which needs no other compiler
+largest = False # also find the largest micro-batch that fits, by more compilations
 # as in train_jax.py
 init_from = 'scratch' # 'scratch': the shape below; or gpt2, gpt2-medium, gpt2-large, gpt2-xl
 dataset = 'openwebtext' # folder in data/, for its vocabulary size
 vocab_size = 0 # 0: that of data/<dataset>, or else GPT-2's, padded
 gradient_accumulation_steps = 5 * 8 # the global batch is this * batch_size sequences
-batch_size = 12 # micro-batch size: the most sequences that a device processes at a time
+batch_size = 12 # max sequences per device per micro-step
 block_size = 1024 # context length
 n_layer = 12 # blocks
 n_head = 12 # attention heads
@@ -57,17 +58,18 @@ if init_from in GPT2_SHAPES:
 elif init_from != 'scratch':
     raise UserError(f'init_from is {init_from!r}; it must be scratch or one of '
                     f'{", ".join(GPT2_SHAPES)}')
-vocab_size = vocab_size or load_vocabulary(data_dir_of(dataset))[0] or GPTConfig.vocab_size
 devices = target_devices(target)
 mesh, global_batch_size, micro_steps, _ = choose_layout(
     devices, gradient_accumulation_steps * batch_size, batch_size, fsdp)
 micro_batch_size = global_batch_size // mesh.size // micro_steps
-dtype = machine.compute_dtype(dtype, devices, 'dtype' in given)
-GPTConfig(n_embd=n_embd, n_head=n_head, dtype=dtype)  # checks these before attention_path uses them
-attention = machine.attention_path(attention, dtype, n_embd // n_head, devices[0])
-gptconf = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                    n_embd=n_embd, dropout=dropout, bias=bias, dtype=dtype, attention=attention,
-                    remat=remat)
+gptconf = GPTConfig(
+    block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout,
+    bias=bias,
+    vocab_size=vocab_size or load_vocabulary(data_dir_of(dataset))[0] or GPTConfig.vocab_size,
+    dtype=compute_dtype(dtype, devices, 'dtype' in given), remat=remat)
+if not dropout:  # the fused kernels have no dropout
+    gptconf = dataclasses.replace(gptconf, attention=attention_path(
+        attention, gptconf.dtype, n_embd // n_head, devices[0]))
 model = split_model(gptconf)[0]
 memory, memory_note = usable_memory(target)
 if largest and memory == math.inf:
@@ -75,9 +77,9 @@ if largest and memory == math.inf:
 
 
 def measure(n_sequences):
-    """(the step compiled with micro-batches of n_sequences, the bytes of its arguments, all that a
-    device needs for it); (None, 0, inf) if the compiler says that it does not fit."""
-    t0 = time.time()
+    """(the step compiled with micro-batches of n_sequences, the bytes of its arguments, all bytes
+    that a device needs); (None, 0, inf) if the compiler says that it does not fit."""
+    t0 = time.perf_counter()
     try:
         step = compile_step(gptconf, mesh, micro_steps, n_sequences)
     except jax.errors.JaxRuntimeError as e:
@@ -85,10 +87,10 @@ def measure(n_sequences):
             raise
         print(f'{n_sequences} sequences do not fit: {str(e).splitlines()[0]}')
         return None, 0, math.inf
-    arguments, temporary = machine.program_memory(step, devices[0].platform)
+    arguments, temporary = program_memory(step, devices[0].platform)
     n_bytes = arguments + temporary
     print(f'{n_sequences} sequences: {n_bytes / 2**30:.2f} GiB, compiled in '
-          f'{time.time() - t0:.0f} s')
+          f'{time.perf_counter() - t0:.0f} s')
     return step, arguments, n_bytes
 
 
@@ -105,7 +107,7 @@ def print_memory(arguments, n_bytes):
 
 
 def print_collectives(hlo):
-    """How often a step exchanges what, and what each device sends; alike operations in one row."""
+    """What a step exchanges, how often, and what each device sends; like operations share a row."""
     totals = {}
     for op, n_bytes, n_devices, count, in_loop in collectives(hlo, mesh.size):
         row = totals.setdefault((op, n_devices, 'every micro-step' if in_loop else 'once'), [0, 0])
@@ -121,7 +123,7 @@ def print_collectives(hlo):
 def print_time(hlo):
     """FLOPs and, on a TPU, the compiler's estimate of clock cycles and what follows from it."""
     flops = model.estimate_mfu(micro_steps * micro_batch_size, 1.0, peak_flops=1.0)
-    peak = machine.peak_flops(devices[0])
+    peak = peak_flops(devices[0])
     at_peak = (f', at the peak of {peak / 1e12:g} TFLOP/s {flops / peak * 1000:.1f} ms'
                if math.isfinite(peak) else '')
     print(f'{flops / 1e12:.2f} TFLOP in a step on each device (6N + 12LHQT){at_peak}')
@@ -139,19 +141,19 @@ def print_time(hlo):
         # causal attention's matmuls: half of what 12LHQT counts, and the scores once more backward
         n_tokens = micro_steps * micro_batch_size * block_size
         floor = 7 * n_layer * n_embd * block_size * n_tokens / peak
-        print(f'besides {kernels} calls of Pallas kernels, which carry no estimate: '
+        print(f'plus {kernels} calls of Pallas kernels, for which the compiler has no estimate: '
               f'{floor * 1000:.1f} ms at the peak')
         seconds += floor
     print(f'at {clock / 1e9:g} GHz a step takes at least {seconds * 1000:.1f} ms, '
           f'mfu {flops / peak / seconds:.1%}, '
           f'{gradient_accumulation_steps * batch_size * block_size / seconds:,.0f} tokens/s; '
-          'waiting for other devices is not in it')
+          'this leaves out waiting for other devices')
 
 
 n_params = model.get_num_params(non_embedding=False)
 print(f'{n_params / 1e6:,.2f}M parameters: {n_layer} layers, {n_head} heads, {n_embd} wide')
 print(f'{target}: {mesh.size} x {devices[0].device_kind}, mesh: data {mesh.shape["data"]} x fsdp '
-      f'{fsdp}; {dtype}, attention {attention if not dropout else "xla"}, remat {remat}')
+      f'{fsdp}; {gptconf.dtype}, attention {gptconf.attention}, remat {remat}')
 print(f'each device computes {micro_steps} micro-steps of {micro_batch_size} x {block_size} '
       'tokens in a step')
 step, arguments, n_bytes = measure(micro_batch_size)

@@ -1,12 +1,12 @@
 """
-What a model and a run will need, before they start: parameters, FLOPs and activations by part,
-memory, the size of a checkpoint, the time of training, and the compute-optimal number of tokens.
-Nothing is computed on a device, so no GPU is needed.
+What a model and a run need: parameters, FLOPs and activations by part, memory, the size of a
+checkpoint, the time of training, and the compute-optimal number of tokens. It needs no GPU.
 $ python -m tools.sizing
 $ python -m tools.sizing config/train_shakespeare_char.py
 $ python -m tools.sizing --init_from=gpt2-xl --batch_size=4 --remat=True
 """
 
+import dataclasses
 import math
 import sys
 from collections import Counter
@@ -27,7 +27,6 @@ from nanogpt_jax.pretrained import GPT2_SHAPES
 from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
 from tools import print_table
 
-sys.excepthook = report_user_error
 # -----------------------------------------------------------------------------
 # model
 init_from = 'scratch' # the shape below, or that of 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
@@ -52,70 +51,29 @@ peak = 312e12 # FLOP/s of a device; an A100's in bfloat16
 utilization = 0.3 # fraction of the peak that training reaches: mfu in the log
 compute = 0.0 # FLOP to find the best model for; 0.0: those of the run
 from configurator import configure
-config, given = configure(globals()) # overrides from the command line and config files
+# overrides from the command line and config files
+config, given = configure(globals(), sys.argv[1:] if __name__ == '__main__' else [])
 # -----------------------------------------------------------------------------
-
-sys.stdout.reconfigure(line_buffering=True)
-check_settings(config)
-for name in ('max_iters', 'n_devices', 'peak', 'utilization'):
-    if not 0 < config[name] < math.inf:
-        raise UserError(f'{name} is {config[name]}; it must be more than 0')
-if utilization > 1:
-    raise UserError(f'utilization is {utilization}; it must be a fraction of the peak, at most 1')
-if not 0 <= compute < math.inf:
-    raise UserError(f'compute is {compute}; it must be a number of FLOP, or 0.0 for the run\'s')
-if init_from != 'scratch' and init_from not in GPT2_SHAPES:
-    raise UserError(f'init_from is {init_from!r}; it must be scratch or one of '
-                    f'{", ".join(GPT2_SHAPES)}. For other weights give their shape, by n_layer, '
-                    'n_head, n_embd, block_size, vocab_size and bias')
-if init_from in GPT2_SHAPES and block_size > 1024:
-    raise UserError(f'block_size is {block_size}; {init_from} has 1024: give that or less')
-select_devices('cpu')
-
-# the model, without weights
-if init_from in GPT2_SHAPES:
-    (n_layer, n_head, n_embd), vocab_size, bias = GPT2_SHAPES[init_from], 50257, True
-    vocab_source = init_from
-elif vocab_size:
-    vocab_source = 'as given'
-else:
-    data_dir = data_dir_of(dataset)
-    vocab_size = load_vocabulary(data_dir)[0]
-    vocab_source = (f'of {find_vocabulary(data_dir)}' if vocab_size else
-                    f"GPT-2's padded, since there is no {join(data_dir, 'meta.pkl')}")
-    vocab_size = vocab_size or GPTConfig.vocab_size
-GPTConfig(n_embd=n_embd, n_head=n_head, dtype=dtype)  # checks these before attention_path uses them
-gpu = SimpleNamespace(device_kind='an NVIDIA GPU', compute_capability='9.0')
-attention = attention_path(attention, dtype, n_embd // n_head, gpu)
-if dropout:
-    attention = 'xla'  # as in training: JAX has cuDNN's kernel without dropout only
-gptconf = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, dtype,
-                    attention, remat)
-model = split_model(gptconf)[0]
-n_params = model.get_num_params()  # without wpe
-flops_per_token = model.estimate_mfu(1, 1.0, peak_flops=1.0) / block_size
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-tokens = max_iters * tokens_per_iter
-T, C = block_size, n_embd
 
 
 # -----------------------------------------------------------------------------
-# by part: dicts by the name of a part, which is that of all blocks together
+# by part: dicts by the name of a part, which stands for that of all blocks together
 
 PARTS = ('wte', 'wpe', 'dropout', 'h.ln_1', 'h.attn.c_attn', 'h.attn.scores', 'h.attn.values',
          'h.attn.c_proj', 'h.ln_2', 'h.mlp.c_fc', 'h.mlp.gelu', 'h.mlp.c_proj', 'h.dropout',
          'ln_f', 'head', 'loss')
 
 
-def scores_computed():
+def scores_computed(gptconf):
     """Number of attention scores that causal_attention computes and saves: all heads of one block,
     for one sequence."""
-    q, sizes = jax.ShapeDtypeStruct((1, T, n_head, 1), jnp.float32), []
+    q = jax.ShapeDtypeStruct((1, gptconf.block_size, gptconf.n_head, 1), jnp.float32)
+    sizes = []
     jax.eval_shape(lambda q: causal_attention(q, q, q, lambda a: sizes.append(a.size) or a), q)
     return sum(sizes)
 
 
-def count_parameters():
+def count_parameters(model):
     """(parameters, those of them that are in matmuls)."""
     params, kernels = Counter(), Counter()
     for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -126,42 +84,49 @@ def count_parameters():
     return params, kernels
 
 
-def count_flops(kernels):
+def count_flops(gptconf, kernels):
     """FLOPs of the matmuls in the forward pass of one sequence; all scores, masked ones too."""
+    T, C = gptconf.block_size, gptconf.n_embd
     flops = {part: 2 * T * n for part, n in kernels.items()}
-    flops['h.attn.scores'] = flops['h.attn.values'] = n_layer * 2 * T * T * C
-    flops['head'] = 2 * T * vocab_size * C
+    flops['h.attn.scores'] = flops['h.attn.values'] = gptconf.n_layer * 2 * T * T * C
+    flops['head'] = 2 * T * gptconf.vocab_size * C
     return flops
 
 
-def count_saved():
+def recomputed_flops(forward):
+    """FLOPs that the backward pass repeats with remat: those of the blocks, except for a block's
+    last matmul, whose result it does not need."""
+    return sum(forward.values()) - forward['head'] - forward['h.mlp.c_proj']
+
+
+def count_saved(gptconf):
     """(bytes saved of one sequence for the backward pass, the most that are saved at a time).
 
     Each part saves its input, and GELU its derivative instead.
     """
-    c = jnp.dtype(dtype).itemsize
+    T, C, c = gptconf.block_size, gptconf.n_embd, jnp.dtype(gptconf.dtype).itemsize
     block = {'h.ln_1': 4 * T * C, 'h.attn.c_attn': c * T * C, 'h.attn.scores': c * 3 * T * C,
              'h.attn.c_proj': c * T * C, 'h.ln_2': 4 * T * C, 'h.mlp.c_fc': c * T * C,
              'h.mlp.gelu': c * 4 * T * C, 'h.mlp.c_proj': c * 4 * T * C}
-    rest = {'ln_f': 4 * T * C, 'head': c * T * C, 'loss': c * T * vocab_size}
-    if attention == 'xla':  # the softmax's output in float32, and a copy in a 16-bit compute type
-        block['h.attn.values'] = (4 if c == 4 else 4 + c) * scores_computed()
-    if dropout:  # masks, one byte per element
-        block['h.dropout'], rest['dropout'] = scores_computed() + 2 * T * C, T * C
-    if not remat:
-        saved = {part: n_layer * n for part, n in block.items()} | rest
+    rest = {'ln_f': 4 * T * C, 'head': c * T * C, 'loss': c * T * gptconf.vocab_size}
+    if gptconf.attention == 'xla':  # the softmax's output in float32, and a 16-bit copy
+        block['h.attn.values'] = (4 if c == 4 else 4 + c) * scores_computed(gptconf)
+    if gptconf.dropout:  # masks, one byte per element
+        block['h.dropout'], rest['dropout'] = scores_computed(gptconf) + 2 * T * C, T * C
+    if not gptconf.remat:
+        saved = {part: gptconf.n_layer * n for part, n in block.items()} | rest
         return saved, sum(saved.values())
     # the input of every block, and either all else of one block or what follows the blocks
     recomputed = sum(block.values()) - block['h.ln_1']
-    block['h.ln_1'] *= n_layer
+    block['h.ln_1'] *= gptconf.n_layer
     return block | rest, block['h.ln_1'] + max(recomputed, sum(rest.values()))
 
 
-def print_parts():
-    """Print the table by part; returns (FLOP of the forward pass, bytes saved) of one sequence."""
-    params, kernels = count_parameters()
-    forward = count_flops(kernels)
-    saved, activations = count_saved()
+def print_parts(gptconf, model):
+    """Print the table by part; returns the FLOP of the forward pass of one sequence."""
+    params, kernels = count_parameters(model)
+    forward = count_flops(gptconf, kernels)
+    saved, activations = count_saved(gptconf)
     total_params, total_forward = sum(params.values()), sum(forward.values())
 
     def comma(n):
@@ -177,44 +142,35 @@ def print_parts():
                  '', comma(activations)))
     print_table(('', 'parameters', 'share', 'FLOP forward', 'FLOP backward', 'share',
                  'bytes saved'), rows, markdown=False)
-    print(f'h: all {n_layer} blocks. FLOP and bytes are for one sequence of {T} tokens; '
+    T = gptconf.block_size
+    print(f'h: all {gptconf.n_layer} blocks. FLOP and bytes are for one sequence of {T} tokens; '
           'FLOP are those of the matmuls, with all scores')
-    if attention == 'xla':
-        print(f'causal attention computes {scores_computed() / (n_head * T * T):.1%} of the scores '
-              'and values')
-    if remat:
-        # a block's last matmul is not repeated: the backward pass does not need its result
-        again = total_forward - forward['head'] - forward['h.mlp.c_proj']
-        print("with remat every block saves ln_1's input; the other bytes of h are those of the "
-              'one block that is recomputed,\n'
-              'which are not needed while those after the blocks are\n'
-              f'the backward pass computes {again:,} FLOP of the blocks again')
+    if gptconf.attention == 'xla':
+        computed = scores_computed(gptconf) / (gptconf.n_head * T * T)
+        print(f'causal attention computes {computed:.1%} of the scores and values')
+    if gptconf.remat:
+        print(f'with remat the backward pass computes {recomputed_flops(forward):,} FLOP of the '
+              "blocks again;\nevery block saves ln_1's input, and one block at a time the rest")
     print()
-    return total_forward, activations
+    return total_forward
 
 
 # -----------------------------------------------------------------------------
 # memory and time
 
-def print_memory(activations):
-    """Print the memory of a device; activations: bytes saved of one sequence."""
+def device_memory(gptconf, batch_size, micro_steps):
+    """{what: bytes} of one device, for batch_size sequences in a micro-step."""
     def n_bytes(tree):
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
     tx = create_optimizer(lambda it: 1e-4, weight_decay=1e-1, betas=(0.9, 0.95), grad_clip=1.0)
     state = abstract_train_state(gptconf, tx)
     weights = gradients = n_bytes(state['params'])
-    moments, activations = n_bytes(state['opt_state']), batch_size * activations
+    moments, activations = n_bytes(state['opt_state']), batch_size * count_saved(gptconf)[1]
     # within a micro-step gradients replace activations; the sum over micro-steps is always there
-    temporary = (gradients + activations if gradient_accumulation_steps > 1
-                 else max(gradients, activations))
-    memory = {'weights, float32': weights, "AdamW's two moments": moments,
-              'gradients, float32': gradients,
-              f'activations of {batch_size} sequences': activations,
-              'together': weights + moments + temporary, 'a checkpoint': n_bytes(state)}
-    print_table((f'memory of a device, about ({dtype}, {attention} attention)', 'bytes', 'GiB'),
-                [(name, f'{n:,}', f'{n / 2**30:.2f}') for name, n in memory.items()],
-                markdown=False)
-    print()
+    temporary = gradients + activations if micro_steps > 1 else max(gradients, activations)
+    return {'weights, float32': weights, "AdamW's two moments": moments,
+            'gradients, float32': gradients, f'activations of {batch_size} sequences': activations,
+            'together': weights + moments + temporary, 'a checkpoint': n_bytes(state)}
 
 
 def duration(seconds):
@@ -222,24 +178,6 @@ def duration(seconds):
     units = (('days', 86400), ('hours', 3600), ('minutes', 60), ('seconds', 1))
     name, length = next((unit for unit in units if seconds >= unit[1]), units[-1])
     return f'{seconds / length:.3g} {name}'
-
-
-def print_time():
-    speed = n_devices * peak * utilization
-
-    def cells(flops):
-        return f'{flops:.3e}', duration(flops / speed)
-    print_table((f'{max_iters:,} iterations of {tokens_per_iter:,} tokens: {short(tokens)}',
-                 'FLOP', 'time'),
-                [('by 6N + 12LHQT', *cells(flops_per_token * tokens)),
-                 ('by 6N', *cells(6 * n_params * tokens))], markdown=False)
-    print(f'with {n_devices} device{"s" * (n_devices > 1)} of {peak / 1e12:g} TFLOP/s '
-          f'and an mfu of {utilization:.0%}')
-    per_iter = flops_per_token * tokens_per_iter / speed
-    if per_iter < 1e-2:
-        print(f'that is {per_iter * 1000:.2g} ms per iteration; steps so short do not reach that '
-              'mfu, on several devices least of all: time them with bench_jax.py')
-    print()
 
 
 def short(x):
@@ -278,26 +216,99 @@ LAWS = {  # k, m
 }
 
 
-def print_laws():
-    budget = compute or 6 * n_params * tokens
+def optimal_size(law, budget):
+    """(N, D) of the lowest loss for a budget of 6ND FLOP, by one of LAWS."""
+    k, m = LAWS[law]
+    best = (budget / (6 * k)) ** (1 / (1 + m))
+    return best, k * best ** m
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+def check():
+    check_settings(config)
+    for name in ('max_iters', 'n_devices', 'peak', 'utilization'):
+        if not 0 < config[name] < math.inf:
+            raise UserError(f'{name} is {config[name]}; it must be more than 0')
+    if utilization > 1:
+        raise UserError(f'utilization is {utilization}; it must be a fraction, at most 1')
+    if init_from != 'scratch' and init_from not in GPT2_SHAPES:
+        raise UserError(f'init_from is {init_from!r}; it must be scratch, with the shape in '
+                        f'n_layer, n_head and n_embd, or one of {", ".join(GPT2_SHAPES)}')
+    if init_from in GPT2_SHAPES and block_size > 1024:
+        raise UserError(f'block_size is {block_size}; {init_from} has 1024: give that or less')
+
+
+def read_shape():
+    """(GPTConfig of the settings, where its vocabulary size comes from)."""
+    if init_from in GPT2_SHAPES:
+        shape, size, has_bias, source = GPT2_SHAPES[init_from], 50257, True, init_from
+    else:
+        shape, size, has_bias, source = (n_layer, n_head, n_embd), vocab_size, bias, 'as given'
+    if not size:
+        data_dir = data_dir_of(dataset)
+        size, source = load_vocabulary(data_dir)[0], f'of {find_vocabulary(data_dir)}'
+    if not size:
+        size = GPTConfig.vocab_size
+        source = f"GPT-2's padded, since there is no {join(data_dir, 'meta.pkl')}"
+    gptconf = GPTConfig(block_size, size, *shape, dropout, has_bias, dtype, 'xla', remat)
+    if not dropout:  # JAX has cuDNN's kernel without dropout only
+        gpu = SimpleNamespace(device_kind='an NVIDIA GPU', compute_capability='9.0')
+        path = attention_path(attention, dtype, gptconf.n_embd // gptconf.n_head, gpu)
+        gptconf = dataclasses.replace(gptconf, attention=path)
+    return gptconf, source
+
+
+def print_time(flops_per_token, n_params, tokens_per_iter):
+    speed, tokens = n_devices * peak * utilization, max_iters * tokens_per_iter
+    rows = [(name, f'{flops:.3e}', duration(flops / speed))
+            for name, flops in (('by 6N + 12LHQT', flops_per_token * tokens),
+                                ('by 6N', 6 * n_params * tokens))]
+    print_table((f'{max_iters:,} iterations of {tokens_per_iter:,} tokens: {short(tokens)}',
+                 'FLOP', 'time'), rows, markdown=False)
+    print(f'with {n_devices} device{"s" * (n_devices > 1)} of {peak / 1e12:g} TFLOP/s '
+          f'and an mfu of {utilization:.0%}\n')
+
+
+def print_laws(n_params, tokens_per_iter):
+    budget = compute or 6 * n_params * max_iters * tokens_per_iter
     rows = []
     for name, (k, m) in LAWS.items():
         D = k * n_params ** m
-        best = (budget / (6 * k)) ** (1 / (1 + m))
         rows.append((name, short(D), f'{D / n_params:.1f}', f'{6 * n_params * D:.3e}',
-                     f'{D / tokens_per_iter:,.0f}', short(best), short(k * best ** m)))
+                     f'{D / tokens_per_iter:,.0f}', *map(short, optimal_size(name, budget))))
     print_table(('compute-optimal, by Hoffmann et al. 2022', 'D', 'D / N', '6ND', 'iterations',
                  'best N', 'and D'), rows, markdown=False)
     print(f'D: tokens for this N, {short(n_params)}; best N and D: for {budget:.3e} FLOP')
 
 
-print(f'{n_layer} layers, {n_head} heads, {n_embd} wide, {block_size} tokens, bias {bias}, '
-      f'vocabulary {vocab_size} ({vocab_source})\n')
-total_forward, activations = print_parts()
-print_table(('parameters without wpe, N', f'{n_params:,}'), [
-    ('FLOP per token, forward and backward', f'{3 * total_forward / T:,.0f}'),
-    ('6N + 12LHQT, which mfu is counted by', f'{flops_per_token:,.0f}')], markdown=False)
-print()
-print_memory(activations)
-print_time()
-print_laws()
+def main():
+    check()
+    select_devices('cpu')
+    gptconf, source = read_shape()
+    model = split_model(gptconf)[0]
+    n_params = model.get_num_params()  # without wpe
+    flops_per_token = model.estimate_mfu(1, 1.0, peak_flops=1.0) / block_size
+    tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+    print(f'{gptconf.n_layer} layers, {gptconf.n_head} heads, {gptconf.n_embd} wide, '
+          f'{block_size} tokens, bias {gptconf.bias}, vocabulary {gptconf.vocab_size} ({source})\n')
+    total_forward = print_parts(gptconf, model)
+    print_table(('parameters without wpe, N', f'{n_params:,}'), [
+        ('FLOP per token, forward and backward', f'{3 * total_forward / block_size:,.0f}'),
+        ('6N + 12LHQT, which mfu is counted by', f'{flops_per_token:,.0f}')], markdown=False)
+    print()
+    memory = device_memory(gptconf, batch_size, gradient_accumulation_steps)
+    print_table((f'memory of a device, about ({gptconf.dtype}, {gptconf.attention} attention)',
+                 'bytes', 'GiB'),
+                [(name, f'{n:,}', f'{n / 2**30:.2f}') for name, n in memory.items()],
+                markdown=False)
+    print()
+    print_time(flops_per_token, n_params, tokens_per_iter)
+    print_laws(n_params, tokens_per_iter)
+
+
+if __name__ == '__main__':
+    sys.excepthook = report_user_error
+    sys.stdout.reconfigure(line_buffering=True)
+    main()

@@ -1,5 +1,5 @@
 """
-Devices to compile for that are not there: TPUs by libtpu, NVIDIA GPUs by JAX's CUDA plugin, from a
+Compile for devices that you don't have: TPUs by libtpu, NVIDIA GPUs by JAX's CUDA plugin and a
 description of the device. Both count memory; libtpu also estimates clock cycles.
 """
 
@@ -22,7 +22,7 @@ from nanogpt_jax.errors import UserError
 from nanogpt_jax.sharding import batch_sharding
 
 # -----------------------------------------------------------------------------
-# what is known of them
+# the devices
 
 
 class TPU(NamedTuple):
@@ -109,7 +109,7 @@ def target_devices(target):
     if name == 'cpu' and n:
         jax.config.update('jax_num_cpu_devices', n)
         return select_devices('cpu')
-    # what is compiled for a device that is not there cannot be read back
+    # programs for a device that you don't have cannot be read back
     jax.config.update('jax_enable_compilation_cache', False)
     if name in TPUS:
         need('libtpu', 'jax[tpu]')
@@ -165,12 +165,12 @@ def usable_memory(target):
     return memory * fraction * 2 ** 30, f'XLA_CLIENT_MEM_FRACTION {fraction:g} of {memory:g}'
 
 
-def compile_step(gptconf, mesh, grad_accum_steps, micro_batch_size):
+def compile_step(gptconf, mesh, micro_steps, micro_batch_size):
     """The training step compiled for a mesh, from shapes alone, with micro_batch_size sequences on
     each device."""
     tx = create_optimizer(lambda it: 1e-4, weight_decay=1e-1, betas=(0.9, 0.95), grad_clip=1.0)
     batch = jax.ShapeDtypeStruct(
-        (grad_accum_steps, micro_batch_size * mesh.size, gptconf.block_size), jnp.int32,
+        (micro_steps, micro_batch_size * mesh.size, gptconf.block_size), jnp.int32,
         sharding=batch_sharding(mesh, 3))
     iter_num = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     step = make_train_step(split_model(gptconf)[1], tx, 0, mesh, gptconf.dtype == 'float16')
@@ -179,7 +179,7 @@ def compile_step(gptconf, mesh, grad_accum_steps, micro_batch_size):
 
 
 def compiler_options(device):
-    """What to compile with for a device that is not there."""
+    """Compiler options for a device that you don't have."""
     # autotuning would time kernels on a GPU
     return {'xla_gpu_autotune_level': 0} if device.platform == 'gpu' else None
 

@@ -1,6 +1,6 @@
 """
 Write train.bin and val.bin: OpenWebText, another data set of the Hugging Face hub, or documents of
-your own, in GPT-2's tokens, or in those of a tokenizer.json. They are large: read readme.md first.
+your own, in GPT-2's tokens or those of a tokenizer.json. They are large: read readme.md first.
 $ python data/openwebtext/prepare.py --num_proc=8
 $ python data/openwebtext/prepare.py --input='text/*.jsonl' --out_dir=data/mytext
 $ python data/openwebtext/prepare.py --repo=HuggingFaceFW/fineweb-edu --name=sample-10BT \\
@@ -14,15 +14,12 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py
-from common import OwnEncoding, gpt2_encoding, read_text, rows, write_documents, writing
+from common import OwnEncoding, gpt2_encoding, locked, read_text, replacing, rows, write_documents
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.tokenizer import MOST_TOKENS, train_tokenizer
 
 sys.excepthook = report_user_error
-try:
-    datasets = optional_import('datasets')
-except KeyboardInterrupt:  # the import takes a second
-    raise SystemExit(130) from None
+datasets = optional_import('datasets')
 if int(datasets.__version__.split('.')[0]) < 4:
     raise UserError(f'datasets {datasets.__version__} reads whole columns into memory: '
                     'pip install -U datasets')
@@ -39,11 +36,10 @@ def parse_flags():
                                      formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add('--input', help='local files instead of OpenWebText: .jsonl, .parquet or .txt (one\n'
-                        'document per file); patterns like text/*.txt, several with commas')
+                        'document per file); patterns like text/*.txt, separated by commas')
     add('--repo', help='another data set of the hub, such as HuggingFaceFW/fineweb-edu')
     add('--name', help="which of the --repo's configurations, such as sample-10BT")
-    add('--text_column', help='the column of --input or --repo that has the text, if it is not\n'
-                              'named text')
+    add('--text_column', help='the column of --input or --repo with the text (text)')
     add('--out_dir', help="folder to write to: by default this script's; required with --input\n"
                           'and --repo')
     add('--train_tokenizer', type=int, metavar='N',
@@ -58,39 +54,41 @@ def parse_flags():
         raise UserError(f'{message}; --help lists the flags')
     parser.error = refuse
     args = parser.parse_args()
-    check_flags(args, refuse)
+    check_flags(args)
+    args.out_dir = args.out_dir or os.path.dirname(os.path.abspath(__file__))
+    if os.path.exists(os.path.join(args.out_dir, 'meta.pkl')):
+        raise UserError(f'{args.out_dir} has a meta.pkl, the vocabulary of other data: choose '
+                        'another --out_dir, or delete it')
     return args
 
 
-def check_flags(args, refuse):
-    """Refuse flags that do not fit together, and fill in the default of out_dir."""
-    local, own = args.input is not None, args.input is not None or args.repo is not None
+def check_flags(args):
+    """Raise UserError for flags that do not fit together."""
+    local, hub = args.input is not None, args.repo is not None
     if args.num_proc < 1:
-        refuse(f'--num_proc is {args.num_proc}; it must be at least 1')
+        raise UserError(f'--num_proc is {args.num_proc}; it must be at least 1')
     if args.train_tokenizer is not None and not (
             fewest_tokens <= args.train_tokenizer <= MOST_TOKENS):
-        refuse(f'--train_tokenizer is {args.train_tokenizer}; it must be from {fewest_tokens}, all '
-               f'bytes and <|endoftext|>, to {MOST_TOKENS}, since token ids are uint16')
-    if local and (args.repo is not None or args.revision):
-        refuse('--input is for local files, --repo and --revision are for the hub')
-    if args.text_column and not own or args.name and args.repo is None:
-        refuse('--text_column belongs to --input or --repo, --name to --repo')
-    if own and not args.out_dir:
-        refuse(f'--{"input" if local else "repo"} needs --out_dir, as in --out_dir=data/mytext, so '
-               'that OpenWebText is not overwritten')
-    args.out_dir = args.out_dir or os.path.dirname(os.path.abspath(__file__))
-    if os.path.exists(os.path.join(args.out_dir, 'meta.pkl')):
-        refuse(f'{args.out_dir} has a meta.pkl, the vocabulary of other data: choose another '
-               '--out_dir, or delete it')
+        raise UserError(f'--train_tokenizer is {args.train_tokenizer}; it must be from '
+                        f'{fewest_tokens} (all bytes and <|endoftext|>) to {MOST_TOKENS} (uint16)')
+    if local and (hub or args.revision):
+        raise UserError('--input is for local files, --repo and --revision are for the hub')
+    if args.text_column and not (local or hub) or args.name and not hub:
+        raise UserError('--text_column belongs to --input or --repo, --name to --repo')
+    if (local or hub) and not args.out_dir:
+        raise UserError(f'--{"input" if local else "repo"} needs --out_dir, as in '
+                        '--out_dir=data/mytext, so that OpenWebText is not overwritten')
 
 
 def find_files(patterns):
-    """(paths that match, sorted within each pattern; their common extension)."""
+    """(paths that match, sorted within each pattern; their common extension). Raises UserError."""
     paths = []
     for pattern in patterns.split(','):
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise UserError(f'--input: no file matches {pattern}')
+        if others := [path for path in found if not os.path.isfile(path)]:
+            raise UserError(f'--input: {others[0]} is not a file')  # a folder, or an endless pipe
         paths += [os.path.abspath(path) for path in found]
     endings = sorted({os.path.splitext(path)[1] for path in paths})
     if len(endings) > 1 or endings[0] not in readers:
@@ -100,19 +98,18 @@ def find_files(patterns):
 
 
 def load_files(paths, ending, column):
-    """(data set with the text column, str that identifies it) of local files."""
-    source = str([(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths])
+    """The data set of local files, with the text column alone."""
     if ending == '.txt':
         for path in paths:
-            read_text(path)  # raises for invalid UTF-8 now, not after hours
+            read_text(path)  # fail early if one is not UTF-8
 
         def read(batch):
             return {column: [read_text(path) for path in batch[column]]}
-        # reads each text when it is needed
-        return datasets.Dataset.from_dict({column: paths}).with_transform(read), source
+        # a text is read when it is needed
+        return datasets.Dataset.from_dict({column: paths}).with_transform(read)
     # one at a time, so that an error names its file, and other columns may differ
     docs = [load_file(path, readers[ending], column) for path in paths]
-    return datasets.concatenate_datasets(docs), source
+    return datasets.concatenate_datasets(docs)
 
 
 def load_file(path, reader, column):
@@ -138,7 +135,7 @@ def select_text(docs, column, source):
 
 
 def load_hub(repo, name, revision, column, num_proc):
-    """(data set with the text column, str that identifies it) from the Hugging Face hub."""
+    """A data set of the Hugging Face hub, with the text column alone."""
     try:
         docs = datasets.load_dataset(repo, name=name, revision=revision, split='train',
                                      num_proc=num_proc)
@@ -150,8 +147,7 @@ def load_hub(repo, name, revision, column, num_proc):
     if repo == openwebtext and len(docs) != num_documents:
         print(f'warning: {len(docs):,} documents where the whole corpus has {num_documents:,}; '
               'this revision may be partial, --revision chooses another')
-    # the names of its files contain the commit
-    return select_text(docs, column, repo), str(docs.cache_files)
+    return select_text(docs, column, repo)
 
 
 def find_encoding(path, n_tokens):
@@ -184,47 +180,45 @@ def train_encoding(path, n_tokens, texts):
                 left -= len(text)
                 if left <= 0:
                     return
-    t0 = time.monotonic()
+    t0 = time.perf_counter()
     text = train_tokenizer(first_texts(), n_tokens, show_progress=sys.stderr.isatty())
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with writing(path) as tmp, open(tmp, 'w', encoding='utf-8') as f:
+    with replacing(path) as [tmp], open(tmp, 'w', encoding='utf-8') as f:
         f.write(text)
     enc = OwnEncoding(path)
-    print(f'{path} has {enc.n_vocab:,} tokens, trained in {time.monotonic() - t0:.0f} s')
+    print(f'{path} has {enc.n_vocab:,} tokens, trained in {time.perf_counter() - t0:.0f} s')
     return enc
 
 
 def main():
     args = parse_flags()
-    column = args.text_column or 'text'
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    # the errors raised here have the reason in one line
+    # errors are raised here, with the reason in one line
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     files = None if args.input is None else find_files(args.input)
+    with locked(args.out_dir):
+        prepare(args, files)
+
+
+def prepare(args, files):
+    """Write the files of args.out_dir; files: what find_files returns, None for the hub."""
+    column = args.text_column or 'text'
     tokenizer = os.path.join(args.out_dir, 'tokenizer.json')
     enc = find_encoding(tokenizer, args.train_tokenizer)  # may fail, so before the long download
     if files:
-        docs, source = load_files(*files, column)
+        docs = load_files(*files, column)
     else:
         repo = args.repo if args.repo is not None else openwebtext
-        docs, source = load_hub(repo, args.name, args.revision, column, args.num_proc)
+        docs = load_hub(repo, args.name, args.revision, column, args.num_proc)
     if not 0 < args.val_share < 1 or math.ceil(args.val_share * len(docs)) >= len(docs):
         raise UserError(f'--val_share={args.val_share} of {len(docs):,} documents leaves a split '
                         'without any; to split a single text, see data/shakespeare/prepare.py')
     # nanoGPT's share and seed, so the documents and their order are nanoGPT's too
     parts = docs.train_test_split(test_size=args.val_share, seed=2357, shuffle=True)
     splits = {'val': parts['test'][column], 'train': parts['train'][column]}
-    source = f'{source} {column} {args.val_share}'
     enc = enc or train_encoding(tokenizer, args.train_tokenizer, splits['train'])
-    write_documents(args.out_dir, splits, enc, source, args.num_proc)
+    write_documents(args.out_dir, splits, enc, args.num_proc)
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt:
-        print('stopped; run the same command to resume', file=sys.stderr)
-        sys.exit(130)
-    except OSError as e:  # an unreadable file, a full disk
-        raise UserError(str(e)) from e
+    main()
