@@ -1096,13 +1096,13 @@ def test_a_pickle_that_would_run_code_is_refused():
         def write(content):
             with open(os.path.join(folder, 'meta.pkl'), 'wb') as f:
                 pickle.dump(content, f)
-        assert tokenizer.load_meta(folder) == (None, None)
+        assert tokenizer.load_vocabulary(folder) == (None, None)
         write({'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 0, 'b': 1}})
-        assert tokenizer.load_meta(folder) == (2, ['a', 'b'])
+        assert tokenizer.load_vocabulary(folder) == (2, ['a', 'b'])
         write(Evil())
-        assert_refused(lambda: tokenizer.load_meta(folder), 'system', 'only plain Python data')
+        assert_refused(lambda: tokenizer.load_vocabulary(folder), 'only plain Python data')
         write([1, 2])
-        assert_refused(lambda: tokenizer.load_meta(folder), 'meta.pkl', 'prepare.py')
+        assert_refused(lambda: tokenizer.load_vocabulary(folder), 'meta.pkl', 'prepare.py')
 
 
 @area('batches')
