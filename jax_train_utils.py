@@ -506,7 +506,7 @@ def check_settings(config):
     counts = ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps',
               'batch_size', 'fsdp')
     ranges = dict.fromkeys(counts, (1, math.inf))
-    # of arrays, whose indices are int32; each layer is traced and compiled by itself
+    # array indices are int32; each layer is compiled by itself
     ranges |= dict.fromkeys(('block_size', 'n_head', 'n_embd'), (1, 2 ** 31)) | dict(
         n_layer=(1, 10 ** 4), vocab_size=(0, 2 ** 31), max_new_tokens=(0, 2 ** 31))
     # the devices count iterations in int32
