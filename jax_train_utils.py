@@ -95,10 +95,7 @@ def batch_offsets(n, n_offsets, seed, iter_num, stream):
 def count_tokens(data_dir, split, block_size):
     """Number of tokens in a split. Raises UserError if no batch can be drawn from it."""
     path = run_dir.join(data_dir, f'{split}.bin')
-    try:
-        size = run_dir.file_size(path)
-    except OSError as e:
-        raise UserError(f'cannot read {path}: {e.strerror or e}') from e
+    size = run_dir.file_size(path)
     if size is None and run_dir.is_remote(path):
         raise UserError(f'{path} does not exist: prepare the data on some machine, and copy its '
                         f'files to {data_dir}')
