@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -123,9 +124,9 @@ def rope():
 
 
 def rmsnorm():
-    y = jax_transformer.LayerNorm(8, False)(1 + random(4, 8))
+    y = jax_transformer.LayerNorm(8, False)(3 + random(4, 8))
     np.testing.assert_allclose(jnp.square(y).mean(-1), 1, atol=1e-3)
-    assert (y.mean(-1) > 0.3).all()
+    assert (y.mean(-1) > 0.8).all()
 
 
 def swiglu():
@@ -164,6 +165,10 @@ def muon():
     singular = np.linalg.svd(updates['kernel'], compute_uv=False) / (0.2 * 24 ** 0.5)
     assert (0.6 < singular).all() and (singular < 1.3).all()
     np.testing.assert_allclose(updates['embedding'], -np.sign(grads['embedding']), rtol=1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, 'torch', SimpleNamespace(__file__=''))  # not used
+        with pytest.raises(UserError, match='not trained by AdamW alone'):
+            run_script('convert_jax.py', '--src=whole', '--dst=ckpt.pt', '--format=nanogpt')
 
 
 def wsd():
