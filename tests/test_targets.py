@@ -118,7 +118,8 @@ def test_eight_tpus_gather_a_block_twice_a_micro_step_and_scatter_its_gradient_t
                  '--batch_size=2', '--gradient_accumulation_steps=16')
     assert result.returncode == 0, result.stdout + result.stderr
     assert '8 x TPU v5 lite' in result.stdout and 'it fits' in result.stdout
-    rows = re.findall(r'^([a-z-]+) +8 +(once|every micro-step) +\d+ +([\d.]+)$', result.stdout, re.M)
+    rows = re.findall(r'^([a-z-]+) +8 +(once|every micro-step) +\d+ +([\d.]+)$', result.stdout,
+                      re.M)
     sent = {(operation, when): float(n) for operation, when, n in rows}
     # the bytes of two blocks' weights in bfloat16 and of the embeddings in float32; seven eighths
     # go to other devices in each of two micro-steps

@@ -57,9 +57,9 @@ def test_log_lines_are_nanogpts_and_the_loss_falls(trained):
                  'Initializing a new model from scratch', 'number of parameters: 0.01M',
                  'num decayed parameter tensors: 6, with 13,440 parameters',
                  'num non-decayed parameter tensors: 3, with 96 parameters',
-                 'saving checkpoint to out_jax', '--compile has no counterpart here',
-                 '--backend has no counterpart here',
-                 'computing in float32, as nanoGPT does on this device, not in float16'):
+                 'saving checkpoint to out_jax', '--compile has no effect',
+                 '--backend has no effect',
+                 'computing in float32 instead of float16, as nanoGPT does on this device'):
         assert line in out, line
     assert len(re.findall(r'^compiled in \d+\.\d s$', out, re.M)) == 1
     # the state after the last iteration is saved, as a line says, and the best checkpoint is kept
