@@ -571,6 +571,9 @@ def merge_resumed_config(config, given, saved):
             result = (' (kept: the weights have this shape)' if name in MODEL_SHAPE else
                       f' -> {config[name]}')
             differs.append(f'{name} {saved[name]}{result}')
+    # a setting of other code, such as a fork's
+    differs += [f'{name} {saved[name]} (not a setting of this train_jax.py)'
+                for name in sorted(saved.keys() - config.keys() - {'wandb_run_id'})]
     if merged['block_size'] > saved['block_size']:
         raise UserError(f'block_size={merged["block_size"]} is larger than the checkpoint\'s '
                         f'{saved["block_size"]}; give a smaller one, or none')

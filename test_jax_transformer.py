@@ -1237,6 +1237,8 @@ def test_resumed_settings_come_from_the_checkpoint_unless_given():
     merged, differs = utils.merge_resumed_config(config, {'learning_rate', 'n_layer'}, saved)
     assert merged['learning_rate'] == 6e-4 and merged['n_layer'] == 2
     assert 'learning_rate 0.001 -> 0.0006' in differs and 'n_layer 2 (kept' in differs
+    _, differs = utils.merge_resumed_config(config, set(), saved | {'z_loss': 1e-4})
+    assert 'z_loss 0.0001 (not a setting' in differs
     assert_refused(lambda: utils.merge_resumed_config(config, {'block_size'}, saved), '1024', '64')
 
 
