@@ -9,16 +9,16 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_transformer import GPT, GPT_ARGS, training_loss
+from jax_transformer import GPT, GPT_ARGS, GPTConfig, training_loss
 from nanogpt_jax import run_dir
 from nanogpt_jax.checkpoint import Checkpoints as Checkpoints  # re-exported
 from nanogpt_jax.devices import on_host
@@ -29,6 +29,7 @@ from nanogpt_jax.sharding import (
     batch_sharding, cast_kernels, gather_params, make_mesh, partition_specs, scan_blocks,
     pop_blocks, shard_batch, shardings, stack_blocks, unstack_blocks,
 )
+from nanogpt_jax.tokenizer import bytes_of_tokens, read_tokenizer
 
 # -----------------------------------------------------------------------------
 # learning rate and optimizer
@@ -94,10 +95,7 @@ def batch_offsets(n, n_offsets, seed, iter_num, stream):
 def count_tokens(data_dir, split, block_size):
     """Number of tokens in a split. Raises UserError if no batch can be drawn from it."""
     path = run_dir.join(data_dir, f'{split}.bin')
-    try:
-        size = run_dir.file_size(path)
-    except OSError as e:
-        raise UserError(f'cannot read {path}: {e.strerror or e}') from e
+    size = run_dir.file_size(path)
     if size is None and run_dir.is_remote(path):
         raise UserError(f'{path} does not exist: prepare the data on some machine, and copy its '
                         f'files to {data_dir}')
@@ -115,9 +113,9 @@ def count_tokens(data_dir, split, block_size):
 class Batches:
     """Batches of a data set on the devices of a layout: int32 x and y, y one token ahead of x.
 
-    vocab_size: of the model; every id must be below it. seed: of the training batches. eval_iters,
-    batch_size: an evaluation has so many batches of so many sequences. Each process reads the
-    sequences of its own devices only. Methods raise UserError if a file cannot be used.
+    vocab_size: of the model; every id must be below it. seed: of the training batches. An
+    evaluation draws eval_iters batches of batch_size sequences. Each process reads the sequences of
+    its own devices only. Methods raise UserError if a file cannot be used.
     """
 
     def __init__(self, layout, data_dir, block_size, vocab_size, seed, eval_iters, batch_size):
@@ -143,10 +141,14 @@ class Batches:
         for part in np.pad(offsets, (0, padding), constant_values=-1).reshape(-1, B):
             yield self._load(split, part)
 
-    def bytes_per_token(self, split, n_bytes):
-        """Mean bytes of text of a target of evaluation(split); n_bytes: those of each id."""
+    def bytes_per_token(self, split, vocabulary):
+        """Mean bytes of text of a target of evaluation(split). Raises UserError if the vocabulary
+        cannot tell."""
+        n_bytes = np.array(bytes_of_tokens(vocabulary))
         targets = self._read(split, self._evaluation_offsets(split))[:, 1:]
-        return float(np.asarray(n_bytes)[targets].mean())
+        if (largest := targets.max()) >= len(n_bytes):
+            raise UserError(f'no text is known for the token id {largest}')
+        return float(n_bytes[targets].mean())
 
     def _evaluation_offsets(self, split):
         return np.concatenate([
@@ -280,6 +282,33 @@ def load_pretrained(model_type_or_path, tx, mesh, block_size, dropout):
     return create_train_state(model, tx, mesh), model.config
 
 
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, as load_model finds it."""
+    model: GPT
+    vocabulary: Any  # of nanogpt_jax/tokenizer.py
+    step: int | None  # of the checkpoint; None for pretrained weights
+
+
+def load_model(init_from, out_dir, checkpoint, mesh, dtype):
+    """The LoadedModel of a checkpoint in out_dir if init_from is 'resume', else of GPT-2's weights;
+    on the mesh's devices, computing in dtype."""
+    if init_from != 'resume':
+        model = GPT.from_pretrained(init_from, dict(dropout=0.0), dtype=dtype)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        nnx.update(model, jax.device_put(nnx.state(model, nnx.Param), replicated))
+        model.eval()
+        path = os.path.join(init_from, 'tokenizer.json')
+        return LoadedModel(model, read_tokenizer(path) if os.path.exists(path) else None, None)
+
+    def abstract_params(meta):
+        config = GPTConfig.from_model_args(meta['model_args'])
+        return {'params': abstract_train_state(config, optax.identity(), mesh)['params']}
+    step, meta, state = Checkpoints(out_dir, read_only=True).load(checkpoint, abstract_params)
+    config = GPTConfig.from_model_args(meta['model_args'], dtype=dtype)
+    model = nnx.merge(split_model(config).eval_graphdef, state['params'])
+    return LoadedModel(model, meta['chars'], step)
+
+
 # -----------------------------------------------------------------------------
 # float16
 
@@ -388,9 +417,9 @@ def make_train_step(graphdef, tx, seed, mesh=None, scale_loss=False):
     """The jitted train_step(state, x, y, iter_num) -> (state, metrics), one optimizer step.
 
     x, y: int (micro_steps, B, T), B split over the devices of mesh (None: the first device).
-    Donates the state. metrics: float32 scalars loss (the mean), grad_norm (before clipping) and,
-    with scale_loss, loss_scale. scale_loss: dynamic loss scaling, for float16: a step whose
-    gradient overflows changes no weight.
+    Donates the state: do not use the old one. metrics: float32 scalars loss (the mean), grad_norm
+    (before clipping) and, with scale_loss, loss_scale. scale_loss: dynamic loss scaling, for
+    float16: a step whose gradient overflows changes no weight.
     """
     mesh = mesh or make_mesh(jax.devices()[:1])
     grad_fn = make_grad_fn(graphdef, mesh)
@@ -474,7 +503,7 @@ def check_settings(config):
     counts = ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps',
               'batch_size', 'fsdp')
     ranges = dict.fromkeys(counts, (1, math.inf))
-    # of arrays, whose indices are int32; each layer is traced and compiled by itself
+    # array indices are int32; each layer is compiled by itself
     ranges |= dict.fromkeys(('block_size', 'n_head', 'n_embd'), (1, 2 ** 31)) | dict(
         n_layer=(1, 10 ** 4), vocab_size=(0, 2 ** 31), max_new_tokens=(0, 2 ** 31))
     # the devices count iterations in int32
@@ -496,7 +525,8 @@ def check_settings(config):
 def check_finite(iter_num, numbers, checkpoints):
     """Raise UserError if one of these named scalars is not finite; waits for the device.
 
-    In float16 an overflow only skips the step, until the loss scale drops below 1.
+    checkpoints: to name the one that the run can be resumed from. In float16 an overflow
+    only skips the step, until the loss scale drops below 1.
     """
     if float(numbers.get('loss_scale', 0)) >= 1:
         return
@@ -541,6 +571,9 @@ def merge_resumed_config(config, given, saved):
             result = (' (kept: the weights have this shape)' if name in MODEL_SHAPE else
                       f' -> {config[name]}')
             differs.append(f'{name} {saved[name]}{result}')
+    # a setting of other code, such as a fork's
+    differs += [f'{name} {saved[name]} (not a setting of this train_jax.py)'
+                for name in sorted(saved.keys() - config.keys() - {'wandb_run_id'})]
     if merged['block_size'] > saved['block_size']:
         raise UserError(f'block_size={merged["block_size"]} is larger than the checkpoint\'s '
                         f'{saved["block_size"]}; give a smaller one, or none')

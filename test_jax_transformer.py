@@ -1096,13 +1096,13 @@ def test_a_pickle_that_would_run_code_is_refused():
         def write(content):
             with open(os.path.join(folder, 'meta.pkl'), 'wb') as f:
                 pickle.dump(content, f)
-        assert tokenizer.load_meta(folder) == (None, None)
+        assert tokenizer.load_vocabulary(folder) == (None, None)
         write({'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 0, 'b': 1}})
-        assert tokenizer.load_meta(folder) == (2, ['a', 'b'])
+        assert tokenizer.load_vocabulary(folder) == (2, ['a', 'b'])
         write(Evil())
-        assert_refused(lambda: tokenizer.load_meta(folder), 'system', 'only plain Python data')
+        assert_refused(lambda: tokenizer.load_vocabulary(folder), 'only plain Python data')
         write([1, 2])
-        assert_refused(lambda: tokenizer.load_meta(folder), 'meta.pkl', 'prepare.py')
+        assert_refused(lambda: tokenizer.load_vocabulary(folder), 'meta.pkl', 'prepare.py')
 
 
 @area('batches')
@@ -1237,6 +1237,8 @@ def test_resumed_settings_come_from_the_checkpoint_unless_given():
     merged, differs = utils.merge_resumed_config(config, {'learning_rate', 'n_layer'}, saved)
     assert merged['learning_rate'] == 6e-4 and merged['n_layer'] == 2
     assert 'learning_rate 0.001 -> 0.0006' in differs and 'n_layer 2 (kept' in differs
+    _, differs = utils.merge_resumed_config(config, set(), saved | {'z_loss': 1e-4})
+    assert 'z_loss 0.0001 (not a setting' in differs
     assert_refused(lambda: utils.merge_resumed_config(config, {'block_size'}, saved), '1024', '64')
 
 

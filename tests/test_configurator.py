@@ -49,8 +49,8 @@ def test_a_character_that_the_terminal_lacks_is_printed_as_a_question_mark(tmp_p
     assert b'batch_size = 3 # ?' in terminal.buffer.getvalue()
 
 
-def test_help_has_the_docstring_even_if_python_has_dropped_it(monkeypatch, capsys):
-    script = {'__doc__': None, '__file__': os.path.join(ROOT, 'train_jax.py')}  # python -OO
+def test_help_has_the_docstring_and_the_settings_with_their_comments(monkeypatch, capsys):
+    script = {'__doc__': '\nTrain a GPT on every device', '__file__': f'{ROOT}/train_jax.py'}
     with pytest.raises(SystemExit):
         configure(script, ['--help'])
     printed = capsys.readouterr().out
@@ -121,15 +121,8 @@ def test_a_config_file_may_have_a_byte_order_mark_and_set_in_any_way(tmp_path, c
     assert given == {'batch_size'}
 
 
-def test_ctrl_c_in_a_config_file_stays_ctrl_c(tmp_path):
-    (tmp_path / 'c.py').write_text('raise KeyboardInterrupt')
-    with pytest.raises(KeyboardInterrupt):
-        configure(settings(), [str(tmp_path / 'c.py')])
-
-
 @pytest.mark.parametrize('content, words', [
-    (b'x = 1 # caf\xe9', ['not UTF-8']), (bytes(99), ['null bytes']),
-    (b'#' * (2 ** 20 + 1), ['not a config file', '1,048,576 bytes'])])
+    (b'x = 1 # caf\xe9', ['not UTF-8']), (bytes(99), ['null bytes'])])
 def test_what_is_no_config_file_is_refused_before_it_is_printed(tmp_path, capsys, content, words):
     (tmp_path / 'train.bin').write_bytes(content)
     with pytest.raises(UserError) as e:
@@ -173,7 +166,7 @@ def settings_by_script():
 def test_no_setting_of_one_script_is_nearly_one_of_another():
     # so that a config file for several scripts causes no warning in any of them
     found = settings_by_script()
-    assert len(found) == 8 and all(found.values())
+    assert len(found) == 9 and all(found.values())
     near = [(one, name, other, close) for one in found for other in found
             for name in sorted(found[one] - found[other])
             if (close := difflib.get_close_matches(name, found[other], 1, 0.85))]
@@ -184,10 +177,8 @@ def test_no_setting_of_one_script_is_nearly_one_of_another():
     ('batch_size = "3"', ["batch_size expects int, got '3' (str)"]),
     ('a = 1\nb = a +', ['line 2', 'SyntaxError']),
     ('a = 1\n\nb = c', ['line 3', 'NameError', "'c'"]),
-    ('a = 1\nraise SystemExit', ['line 2', 'SystemExit']),
     ('del batch_size', ['batch_size expects int, got None']),
     ('import math as learning_rate', ['learning_rate expects float', '(module)']),
-    ('batch_size = 10 ** 5000', ['batch_size', '64 bits']),
     ('learning_rate = 1e400', ['learning_rate is inf']),
 ])
 def test_an_error_in_a_config_file_names_its_line_or_setting(tmp_path, source, words):
@@ -210,8 +201,6 @@ def test_an_error_in_a_config_file_names_its_line_or_setting(tmp_path, source, w
     ('--learning_rate=fast', ["learning_rate expects float, got 'fast' (str)"]),
     ('--learning_rate=nan', ["learning_rate expects float, got 'nan' (str)"]),
     ('--learning_rate=1e400', ['learning_rate is inf: nan and inf are not allowed']),
-    (f'--batch_size={2 ** 63}', ['batch_size must fit 64 bits']),
-    ('--learning_rate=0x1' + 5000 * '0', ['learning_rate must fit 64 bits']),
     ('--batch_size=' + '(' * 9999, ["got '(((", '...']),
     ('--batch_size', ['--key=value']),
     ('--batch-size=3', ['did you mean --batch_size?']),

@@ -84,7 +84,7 @@ def test_a_run_takes_its_vocabulary_from_tokenizer_json_and_its_checkpoint_keeps
 
 
 @pytest.mark.parametrize('text, words', [
-    (None, ['cannot use data/other/tokenizer.json', 'not a file']),  # a FIFO
+    (None, ['data/other/tokenizer.json', 'not a file']),  # a FIFO
     (word_level('<|endoftext|>', 'the'), ['the vocabulary of data/other differs']),
     (word_level('a', size=65537), ['data/other/tokenizer.json', '65,537 tokens', 'uint16']),
     ('{"model": 1}', ['cannot use data/other/tokenizer.json']),
@@ -120,14 +120,7 @@ def test_an_error_in_a_buckets_file_is_not_one_of_the_bucket(monkeypatch, tmp_pa
         (tmp_path / name).unlink()
 
 
-def test_a_lack_of_memory_names_the_tokenizer(monkeypatch, tmp_path, own):
-    def fail(*args):
-        raise MemoryError
-    (tmp_path / 'tokenizer.json').write_text(own)
-    monkeypatch.setattr(json, 'loads', fail)
-    with pytest.raises(UserError, match='not enough memory to use .*tokenizer.json'):
-        tokenizer.load_vocabulary(str(tmp_path))
-    (tmp_path / 'tokenizer.json').unlink()
+def test_a_short_meta_pkl_takes_little_memory(tmp_path):
     # an index of 4 billion in a pickle of a few bytes, for which C's unpickler makes room
     (tmp_path / 'meta.pkl').write_bytes(b'\x80\x02}r\xff\xff\xff\xff.')
     with pytest.raises(UserError, match='meta.pkl .KeyError'):
@@ -176,7 +169,7 @@ def test_without_the_package_one_line_says_how_to_install_it(trained, tmp_path):
 
 def test_the_size_of_a_model_counts_its_own_tokens(trained):
     result = run(trained, 'tools.sizing', '--dataset=own')
-    assert 'vocabulary 280 (of data/own/tokenizer.json)' in result.stdout, result.stderr
+    assert ', vocabulary 280\n' in result.stdout, result.stderr
 
 
 # -----------------------------------------------------------------------------
