@@ -33,6 +33,7 @@ from nanogpt_jax.checkpoint import Checkpoints, steps_on_disk
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.launch import RobustStream, open_closed_streams
 from nanogpt_jax.run_dir import LOCK, hold_out_dir, release_out_dir
+from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.signals import StopRequest
 
 # orbax's other reads, when one has failed
@@ -308,7 +309,7 @@ def toy_state(seed):
 
 
 def abstract(meta):
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.NamedSharding(make_mesh(jax.devices()), jax.sharding.PartitionSpec())
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), toy_state(0))
 
@@ -595,7 +596,6 @@ def test_processes_choose_the_same_checkpoint(out_dir):
     ''')
     results = [finish(process) for process in start_processes(out_dir.parent, 2, code, script='-c')]
     steps = [re.findall('^[0-9]+$', result.stderr, re.M) for result in results]
-    print(*(result.stderr for result in results))
     assert steps == [['6', '4']] * 2, results
     assert 'is damaged: ValueError: DATA_LOSS: changed' in results[0].stdout
     assert 'I/O error' in results[1].stderr and all(result.returncode for result in results)
