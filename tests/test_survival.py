@@ -565,7 +565,7 @@ def test_validation_losses_are_compared_with_those_measured_alike(out_dir, capsy
         save(checkpoints, 10, 0.75)
         assert 'checkpoint 10 is complete' in checkpoints.describe_valid()
         assert checkpoints.best_val_loss(easy) == 0.25
-        assert 'is that of checkpoints with this one' in capsys.readouterr().out
+        assert 'is that of the checkpoints with this one' in capsys.readouterr().out
         save(checkpoints, 12)
         assert checkpoints.load('best', abstract).step == 8
         assert checkpoints.best_val_loss(CONFIG) == 0.5
