@@ -20,6 +20,9 @@ if hasattr(signal, 'SIGHUP'):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # without a GPU, JAX's CUDA plugin is used to compile for one; this check needs a driver
 os.environ['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'
+# pytest's own process has eight CPU devices to share work between, without processes for it
+os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
+                           + ' --xla_force_host_platform_device_count=8')
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
