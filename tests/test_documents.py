@@ -252,9 +252,8 @@ def copy(tmp_path):
     for name in ('config', 'data'):
         shutil.copytree(os.path.join(ROOT, name), tmp_path / name,
                         ignore=shutil.ignore_patterns('*.bin', '*.pkl', 'input.txt'))
-    (tmp_path / 'data' / 'own').mkdir()
-    for name in ('shakespeare_char', 'own'):
-        (tmp_path / 'data' / name / 'input.txt').write_text('The quick brown fox jumps.\n' * 100)
+    text = 'The quick brown fox jumps.\n' * 100
+    (tmp_path / 'data' / 'shakespeare_char' / 'input.txt').write_text(text)
     return tmp_path
 
 
@@ -286,11 +285,9 @@ def test_readmes_commands_run_in_their_order(copy):
 
 @pytest.mark.slow
 def test_the_guides_python_runs(copy):
-    for language, text in fenced('JAX_README.md'):
-        if language == 'python':  # one of them is data/own/prepare.py, which reads its input.txt
-            (copy / 'data' / 'own' / 'prepare.py').write_text(text)
-            must_run(copy, str(copy / 'data' / 'own' / 'prepare.py'))
-    assert (copy / 'data' / 'own' / 'train.bin').exists()
+    (copy / 'guide.py').write_text('\n'.join(
+        text for language, text in fenced('JAX_README.md') if language == 'python'))
+    must_run(copy, str(copy / 'guide.py'))
 
 
 @pytest.mark.slow

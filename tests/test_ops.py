@@ -15,9 +15,10 @@ from hlo_text import stored_shapes
 import jax_train_utils as utils
 from jax_transformer import GPTConfig, run_blocks
 from nanogpt_jax.ops import (
-    causal_attention, dropout, fused_attention, gelu, random_bits, splash_attention,
+    causal_attention, dropout, fused_attention, gelu, logsumexp, normalize, one_pass_logsumexp,
+    random_bits, splash_attention,
 )
-from nanogpt_jax.sharding import shard_batch
+from nanogpt_jax.sharding import is_matmul, shard_batch
 from test_jax_transformer import one_device_mesh, scan, tiny, tokens
 
 
@@ -56,6 +57,16 @@ def test_splash_attention_equals_causal_attention():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # sums over T
 
 
+def test_a_loop_saves_splash_attention_once_and_computes_it_once():
+    q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+    attention = jax.checkpoint(splash_attention, policy=is_matmul)
+    saved = jax.eval_shape(lambda *qkv: jax.vjp(attention, *qkv)[1], q, q, q)
+    # q, k, v, the result and a float32 sum for each row of scores, not one in each of 128 columns
+    assert sum(a.size for a in jax.tree.leaves(saved)) < 5 * q.size
+    program = jax.make_jaxpr(jax.grad(lambda *qkv: attention(*qkv).sum()))(q, q, q)
+    assert str(program).count('pallas_call[') == 2  # forward and backward
+
+
 def test_the_matmuls_around_splash_attention_are_those_of_other_attention(monkeypatch):
     monkeypatch.setattr('jax_transformer.splash_attention', causal_attention)
     x, y = (tokens(2, 16, seed=seed)[None] for seed in (0, 1))
@@ -80,6 +91,35 @@ def test_all_matmuls_of_attention_by_xla_are_in_the_compute_type():
     operands = [re.findall(r'x([a-z]+\d+)>', line.split(' : ')[-1])[:2] for line in matmuls]
     # in each of two parts two forward and four backward
     assert operands == [['bf16', 'bf16']] * 2 * (2 + 4), matmuls
+
+
+@pytest.mark.parametrize('ratio', [0, 1, 30, 1000])
+def test_normalize_and_its_gradient_lose_no_digits_of_large_means(ratio):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(64, 768)) + ratio).astype(np.float32)
+    g = rng.normal(size=x.shape).astype(np.float32)
+    exact = x.astype(np.float64)
+    rstd = (exact.var(-1, keepdims=True) + 1e-5) ** -0.5
+    want = (exact - exact.mean(-1, keepdims=True)) * rstd
+    slope = (g * want).mean(-1, keepdims=True)
+    want_grad = (g - g.mean(-1, keepdims=True, dtype=float) - want * slope) * rstd
+    y, pull = jax.vjp(jax.jit(normalize), x)
+    # the mean is rounded to float32, 6e-8 of it, after a sum of 768; 5 is the largest of want.
+    # E[x^2] - E[x]^2 would be wrong by 6e-8 * ratio^2, 6% at 1000
+    for got, exact in ((y, want), (pull(g)[0], want_grad)):
+        np.testing.assert_allclose(got, exact, rtol=0, atol=6e-8 * (2 * ratio + 10 * 5))
+
+
+def test_one_pass_logsumexp_equals_logsumexp_at_any_logits():
+    rng = np.random.default_rng(0)
+    ordinary = rng.normal(0, 5, (16, 512)).astype(np.float32)
+    far, missing = ordinary.copy(), ordinary.copy()
+    far[3, 300] = 200  # above the first 128 by more than float32's exponential can show
+    missing[5, 2] = np.nan
+    for logits in (ordinary, ordinary - 300, ordinary + 300, far, missing):
+        got = jax.jit(one_pass_logsumexp)(logits, logits[:, :128])
+        # float32 rounding of the largest argument of exp
+        np.testing.assert_allclose(got, logsumexp(logits), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
@@ -150,10 +190,11 @@ def test_remat_and_the_scan_give_the_same_gradient_and_remat_saves_less(way):
 
 
 def test_an_evaluation_with_remat_gives_the_same_losses():
-    x, y = tokens(2, 2, 16), tokens(2, 2, 16, seed=1)
+    x, y = tokens(2, 16), tokens(2, 16, seed=1)
     params = nnx.to_pure_dict(nnx.state(tiny(), nnx.Param))
-    plain, remat = (utils.make_eval_step(utils.split_model(tiny(remat=remat).config)[2])
-                    for remat in (False, True))
+    plain, remat = (
+        utils.make_eval_step(utils.split_model(tiny(remat=remat).config).eval_graphdef)
+        for remat in (False, True))
     np.testing.assert_array_equal(remat(params, x, y), plain(params, x, y))
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import ENV, ITER, ROOT, TINY, TRAIN, one_line_error, run, train, with_data
+from helpers import ENV, ITER, ROOT, TINY, one_line_error, run, train, with_data
 
 torch = pytest.importorskip('torch', reason='compares with PyTorch: pip install torch')
 transformers = pytest.importorskip('transformers',
@@ -420,8 +420,9 @@ def test_training_continues_here_as_in_pytorch_and_in_pytorch_as_here(tmp_path):
 
 def test_torchrun_starts_one_run_of_several_processes(folder):
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
-    result = subprocess.run([*torchrun, *TRAIN[1:], *TINY, '--max_iters=2'], cwd=folder, text=True,
-                            capture_output=True, env=os.environ | ENV)
+    result = subprocess.run(
+        [*torchrun, os.path.join(ROOT, 'train_jax.py'), *TINY, '--max_iters=2'], cwd=folder,
+        text=True, capture_output=True, env=os.environ | ENV)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('platform: cpu, devices: 2 (cpu), processes: 2') == 1
     assert [i[0] for i in ITER.findall(result.stdout)] == ['0', '1', '2']

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_train_utils import Checkpoints, abstract_train_state, split_model
 from jax_transformer import GPT, GPTConfig
 from nanogpt_jax import run_dir
+from nanogpt_jax.checkpoint import quiet_orbax
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.sampling import Continuation, stream_tokens
@@ -32,6 +33,7 @@ from nanogpt_jax.tokenizer import (
 )
 
 sys.excepthook = report_user_error
+quiet_orbax()
 # -----------------------------------------------------------------------------
 tasks = '' # names of the harness's tasks, or of your own in include_path: a,b
 init_from = 'resume' # 'resume' (a run's out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl',
