@@ -47,3 +47,12 @@ def folder(tmp_path):
     """A working directory with data/tiny."""
     from helpers import with_data
     return with_data(tmp_path)
+
+
+@pytest.fixture
+def unoptimized():
+    """Compile in half the time on a CPU, for claims that do not depend on XLA's optimizations."""
+    import jax
+    jax.config.update('jax_disable_most_optimizations', jax.default_backend() == 'cpu')
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)

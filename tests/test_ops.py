@@ -21,13 +21,7 @@ from nanogpt_jax.ops import (
 from nanogpt_jax.sharding import is_matmul, shard_batch
 from test_jax_transformer import one_device_mesh, scan, tiny, tokens
 
-
-@pytest.fixture(autouse=True)
-def without_most_optimizations():
-    """Compile in half the time on a CPU; what these tests claim of it does not depend on them."""
-    jax.config.update('jax_disable_most_optimizations', jax.default_backend() == 'cpu')
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('unoptimized')
 
 
 def test_attention_in_parts_equals_masked_attention():
