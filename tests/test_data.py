@@ -32,7 +32,7 @@ def data(tmp_path):
 
 def prepare(folder, **env):
     """The finished process of a folder's prepare.py."""
-    return run(folder.parent, folder / 'prepare.py',
+    return run(folder.parent, str(folder / 'prepare.py'),
                **NO_NETWORK | {'PYTHONIOENCODING': 'utf-8'} | env)
 
 

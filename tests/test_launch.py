@@ -141,14 +141,11 @@ def test_a_tpu_is_initialized_as_several_only_with_several_workers(
     assert initialized == [{}] * several
 
 
-def test_the_workers_of_a_tpu_are_read_from_a_file(monkeypatch, tmp_path):
-    path = tmp_path / 'addresses'
-    use(monkeypatch, {'TPU_PROCESS_ADDRESSES_PATH': str(path), 'TPU_PROCESS_ADDRESSES': 'a,b'})
-    path.write_text('a:8476\n')
+def test_the_workers_of_a_tpu_are_read_from_a_file_and_none_without_a_server(monkeypatch, tmp_path):
+    use(monkeypatch, {'TPU_PROCESS_ADDRESSES_PATH': str(tmp_path / 'a'),
+                      'TPU_PROCESS_ADDRESSES': 'a,b'})
+    (tmp_path / 'a').write_text('a:8476\n')
     assert not launch.has_tpu_workers()
-
-
-def test_without_a_metadata_server_there_is_no_metadata(monkeypatch):
     with socket.create_server(('127.0.0.1', 0)) as server:
         address = f'127.0.0.1:{server.getsockname()[1]}'
     monkeypatch.setenv('GCE_METADATA_IP', address)  # where nobody listens any more

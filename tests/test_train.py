@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -22,10 +21,10 @@ from helpers import (
 import jax_train_utils as utils
 from jax_transformer import GPTConfig
 from nanogpt_jax.checkpoint import Checkpoints
-from nanogpt_jax.devices import attention_path, compute_dtype, cpu_key
+from nanogpt_jax.devices import cpu_key
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.run_dir import MetricsFile, read_metrics
-from test_jax_transformer import layout_of, make_step, one_device_mesh, tiny, tokens
+from test_jax_transformer import layout_of, one_device_mesh
 
 
 @pytest.fixture(scope='module')
@@ -297,15 +296,6 @@ def test_a_second_run_does_not_overwrite_the_first(trained):
     assert sorted(os.listdir(trained.folder / 'out_jax')) == before
 
 
-def test_dropout_depends_on_the_seed():
-    x = tokens(2, 1, 16)
-    losses = []
-    for seed in (0, 1):
-        step, state = make_step(tiny(dropout=0.5), seed=seed)
-        losses.append(float(step(state, x, x, 3)[1]['loss']))
-    assert losses[0] != losses[1]
-
-
 # -----------------------------------------------------------------------------
 # wandb
 
@@ -381,19 +371,10 @@ def test_settings_that_no_run_can_use_are_refused(wrong, words):
         utils.check_settings(GOOD | wrong)
 
 
-def test_models_and_compute_types_that_do_not_exist_are_refused():
-    cpu = SimpleNamespace(platform='cpu', device_kind='cpu', process_index=0)
-    for words, call in [
-            (r'n_embd \(32\) must be a multiple of n_head \(3\)',
-             partial(GPTConfig, n_embd=32, n_head=3)),
-            ("dtype is 'bf16'", partial(compute_dtype, 'bf16', [cpu])),
-            ('auto, cudnn, splash or xla', partial(attention_path, 'flash', 'float32', 64, cpu)),
-            ('--attention=xla', partial(attention_path, 'cudnn', 'float32', 64, cpu)),
-            ('two moments of AdamW .* GB of memory', partial(
-                utils.init_train_state, GPTConfig(n_layer=9999, n_head=1, n_embd=60000), None, 0,
-                one_device_mesh()))]:
-        with pytest.raises(UserError, match=words):
-            call()
+def test_a_model_that_does_not_fit_into_memory_is_refused():
+    with pytest.raises(UserError, match='two moments of AdamW .* GB of memory'):
+        utils.init_train_state(GPTConfig(n_layer=9999, n_head=1, n_embd=60000), None, 0,
+                               one_device_mesh())
 
 
 # -----------------------------------------------------------------------------
