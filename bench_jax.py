@@ -54,7 +54,7 @@ config, given = configure(globals()) # all settings, and the names of those that
 # -----------------------------------------------------------------------------
 
 if 'compile' in given:
-    print('--compile has no counterpart here and is ignored: XLA always compiles')
+    print('--compile has no effect: XLA always compiles')
 utils.check_settings(config)
 devices = select_devices(device)[:1]
 platform = devices[0].platform

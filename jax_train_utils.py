@@ -115,9 +115,9 @@ def count_tokens(data_dir, split, block_size):
 class Batches:
     """Batches of a data set on the devices of a layout: int32 x and y, y one token ahead of x.
 
-    vocab_size: of the model; every id must be below it. seed: of the training batches. eval_iters,
-    batch_size: an evaluation has so many batches of so many sequences. Each process reads the
-    sequences of its own devices only. Methods raise UserError if a file cannot be used.
+    vocab_size: of the model; every id must be below it. seed: of the training batches. An
+    evaluation draws eval_iters batches of batch_size sequences. Each process reads the sequences of
+    its own devices only. Methods raise UserError if a file cannot be used.
     """
 
     def __init__(self, layout, data_dir, block_size, vocab_size, seed, eval_iters, batch_size):
@@ -144,7 +144,7 @@ class Batches:
             yield self._load(split, part)
 
     def bytes_per_token(self, split, n_bytes):
-        """Mean bytes of text of a target of evaluation(split); n_bytes: those of each id."""
+        """Mean bytes of text of a target of evaluation(split); n_bytes: the bytes of each id."""
         targets = self._read(split, self._evaluation_offsets(split))[:, 1:]
         return float(np.asarray(n_bytes)[targets].mean())
 
@@ -388,9 +388,9 @@ def make_train_step(graphdef, tx, seed, mesh=None, scale_loss=False):
     """The jitted train_step(state, x, y, iter_num) -> (state, metrics), one optimizer step.
 
     x, y: int (micro_steps, B, T), B split over the devices of mesh (None: the first device).
-    Donates the state. metrics: float32 scalars loss (the mean), grad_norm (before clipping) and,
-    with scale_loss, loss_scale. scale_loss: dynamic loss scaling, for float16: a step whose
-    gradient overflows changes no weight.
+    Donates the state: do not use the old one. metrics: float32 scalars loss (the mean), grad_norm
+    (before clipping) and, with scale_loss, loss_scale. scale_loss: dynamic loss scaling, for
+    float16: a step whose gradient overflows changes no weight.
     """
     mesh = mesh or make_mesh(jax.devices()[:1])
     grad_fn = make_grad_fn(graphdef, mesh)
@@ -496,7 +496,8 @@ def check_settings(config):
 def check_finite(iter_num, numbers, checkpoints):
     """Raise UserError if one of these named scalars is not finite; waits for the device.
 
-    In float16 an overflow only skips the step, until the loss scale drops below 1.
+    checkpoints: to name the one that the run can be resumed from. In float16 an overflow
+    only skips the step, until the loss scale drops below 1.
     """
     if float(numbers.get('loss_scale', 0)) >= 1:
         return

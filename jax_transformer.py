@@ -23,8 +23,8 @@ from nanogpt_jax.ops import (
 )
 from nanogpt_jax.sampling import Sampler, stream_tokens
 
-# what a changed model computes in another way, such as {'norm': 'rmsnorm'}: checkpoints store it,
-# and are read only by a model with the same
+# name here what a changed model computes in another way, such as {'norm': 'rmsnorm'}: checkpoints
+# store it, and another model refuses them
 VARIANT = {}
 
 
@@ -73,7 +73,7 @@ class GPTConfig:
         Raises UserError if the model_args are incomplete or of another model.
         """
         missing = sorted({'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size'}
-                         - model_args.keys())  # nanoGPT's checkpoints have these; others are newer
+                         - model_args.keys())  # which nanoGPT forces on resume
         if missing:
             raise UserError(f'the checkpoint lacks {", ".join(missing)} in its model_args: '
                             f'{model_args}')
@@ -85,7 +85,7 @@ class GPTConfig:
         return cls(**known, **how_computed)
 
 
-# nanoGPT's model_args, the shape of a model: all fields but how it is computed
+# nanoGPT's model_args, which checkpoints store: all fields but how the model is computed
 GPT_ARGS = tuple(f.name for f in fields(GPTConfig) if f.name not in ('dtype', 'attention', 'remat'))
 
 
@@ -103,6 +103,7 @@ def model_args(config):
 class Linear(nnx.Module):
     """x @ kernel + bias in x's dtype. kernel: (n_in, n_out), normal with standard deviation std."""
 
+    # rngs.params() returns a new key; [...] reads the array of an nnx.Param
     def __init__(self, n_in, n_out, config, *, rngs, std=0.02):
         self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (n_in, n_out)))
         self.bias = nnx.Param(jnp.zeros(n_out)) if config.bias else None
@@ -139,58 +140,57 @@ class LayerNorm(nnx.Module):
         x = normalize(x.astype(jnp.float32)) * self.scale[...]
         if self.bias is not None:
             x = x + self.bias[...]
-        return x.astype(self.dtype)
+        return x.astype(self.dtype)  # in which the next Linear computes
 
 
 class CausalSelfAttention(nnx.Module):
 
     def __init__(self, config, *, rngs):
-        # queries, keys and values of all heads in one matmul
+        # queries, keys and values of all heads in one matmul; c_proj's init is scaled, per GPT-2
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config, rngs=rngs)
         self.c_proj = Linear(config.n_embd, config.n_embd, config, rngs=rngs,
                              std=0.02 / math.sqrt(2 * config.n_layer))
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
         self.n_head = config.n_head
-        self.fused = {'cudnn': fused_attention, 'splash': splash_attention}.get(config.attention)
-        self.on_tpu = config.attention == 'splash'
+        self.attention = config.attention
 
     def split_heads(self, a):
         """Queries, keys and values of a, (..., 3 * C): (..., nh, hs) each."""
         return [part.reshape(*part.shape[:-1], self.n_head, -1)
                 for part in jnp.split(a, 3, axis=-1)]
 
-    def to_heads(self, x, splash=False):
-        """Queries, keys and values of x (B, T, C): (B, T, nh, hs) each; splash: for that kernel."""
-        if not splash:
+    def to_heads(self, x, kernel='xla'):
+        """Queries, keys and values of x (B, T, C): (B, T, nh, hs) each, for an attention kernel."""
+        if kernel != 'splash':
             return self.split_heads(self.c_attn(x))
-        # with the weights reshaped instead of the activations a TPU computes these in the layout
-        # of its kernel, and copies none of them, which takes 7% of a training step otherwise
+        # a TPU spends 7% of a step on copies into this kernel's layout, unless the weights are
+        # reshaped in place of the activations
         heads = [einsum('btc,cnh->btnh', x, w) for w in self.split_heads(self.c_attn.kernel[...])]
         if self.c_attn.bias is not None:
             biases = self.split_heads(self.c_attn.bias[...].astype(x.dtype))
             heads = [a + b for a, b in zip(heads, biases)]
         return heads
 
-    def from_heads(self, y, splash=False):
+    def from_heads(self, y, kernel='xla'):
         """The output (B, T, C), from the heads' y (B, T, nh, hs)."""
-        if not splash:
+        if kernel != 'splash':
             return self.c_proj(y.reshape(*y.shape[:2], -1))
-        nh, hs = y.shape[2:]  # as in to_heads
+        nh, hs = y.shape[2:]
         y = einsum('btnh,nhc->btc', y, self.c_proj.kernel[...].reshape(nh, hs, -1))
         return y if self.c_proj.bias is None else y + self.c_proj.bias[...].astype(y.dtype)
 
     def __call__(self, x, rngs=None, cache=None):
-        fused = self.fused and not (cache or self.attn_dropout.active)  # kernels have no dropout
-        splash = fused and self.on_tpu
-        q, k, v = self.to_heads(x, splash)  # (B, T, nh, hs)
+        # the fused kernels have neither dropout nor a cache
+        kernel = 'xla' if cache or self.attn_dropout.active else self.attention
+        q, k, v = self.to_heads(x, kernel)  # (B, T, nh, hs)
         if cache:
             y = cache.attend(q, k, v)
-        elif fused:
-            y = self.fused(q, k, v)
-        else:
+        elif kernel == 'xla':
             y = causal_attention(q, k, v, partial(self.attn_dropout, rngs=rngs))
-        return self.resid_dropout(self.from_heads(y, splash), rngs=rngs)
+        else:
+            y = {'cudnn': fused_attention, 'splash': splash_attention}[kernel](q, k, v)
+        return self.resid_dropout(self.from_heads(y, kernel), rngs=rngs)
 
 
 class MLP(nnx.Module):
@@ -218,7 +218,7 @@ class Block(nnx.Module):
     def __call__(self, x, rngs=None, cache=None):
         with jax.named_scope('attn'):  # so that profiles read like the code
             y = self.attn(self.ln_1(x), rngs, cache)
-            x = x[:, -y.shape[1]:] + y  # all T positions, or the last alone: see sampling.py
+            x = x[:, -y.shape[1]:] + y  # all T positions; the last alone in sampling.LastPosition
         with jax.named_scope('mlp'):
             x = x + self.mlp(self.ln_2(x), rngs)
         return x
@@ -308,6 +308,7 @@ class GPT(nnx.Module):
             return self.head(x[:, -1:]), None
         with jax.named_scope('head'):
             logits = self.head(x)
+            # a TPU subtracts their largest instead of waiting for that of all; unused elsewhere
             some_logits = self.head(x, self.head_kernel()[:, :128])
             return logits, cross_entropy(logits, targets, some_logits)
 

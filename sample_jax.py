@@ -63,7 +63,7 @@ if num_samples < 0 or num_samples == 0 and not interactive:
 check_settings(config)
 check_sampling_settings(max_new_tokens, Sampler(temperature, top_k, top_p))
 if 'compile' in given:
-    print('--compile has no counterpart here and is ignored: XLA always compiles')
+    print('--compile has no effect: XLA always compiles')
 devices = select_devices(device)
 if compilation_cache:
     enable_compilation_cache()

@@ -7,6 +7,7 @@ $ python train_jax.py config/train_pydoc_char.py
 To change any setting below, and to resume a run:
 $ python train_jax.py config/train_shakespeare_char.py --batch_size=32 --device=cpu
 $ python train_jax.py --init_from=resume --out_dir=out-shakespeare-char
+New to JAX? TORCH_TO_JAX_MAPPING.md begins with its lessons; docs/design.md follows one step.
 """
 
 import os
@@ -34,15 +35,15 @@ from nanogpt_jax.signals import StopRequest
 from nanogpt_jax.tokenizer import bytes_of_tokens, find_vocabulary, load_vocabulary
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
-keep_stdout_open()
-quiet_orbax()
+keep_stdout_open() # a closed terminal or pipe does not end the run
+quiet_orbax() # it logs at length what it raises as well
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 (124M) on OpenWebText
 # files and logging
 out_dir = 'out_jax' # where checkpoints and metrics.jsonl are written
 eval_interval = 2000 # iterations between evaluations, each with a checkpoint
 log_interval = 1 # iterations between printed losses
-eval_iters = 200 # batches of each split per evaluation
+eval_iters = 200 # batches of each split per evaluation, the same ones each time
 eval_only = False # evaluate once and exit; writes nothing
 always_save_checkpoint = True # save after every evaluation; False: save only improvements
 init_from = 'scratch' # 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a
@@ -53,7 +54,8 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext' # a folder in data/
-gradient_accumulation_steps = 5 * 8 # the global batch is this * batch_size sequences
+gradient_accumulation_steps = 5 * 8 # the global batch is this * batch_size sequences, on any
+                                    # number of devices
 batch_size = 12 # max sequences per device per micro-step; on a CPU fewer, to stay in its caches
 block_size = 1024 # context length, in tokens
 # model
@@ -87,29 +89,29 @@ compile = True # no effect: XLA always compiles
 fsdp = 1 # shard weights, gradients and optimizer state across groups of this many devices
 heartbeat_timeout = 100 # declare a process dead after this many seconds without a heartbeat
 backend = 'nccl' # no effect: XLA chooses the communication library
-from configurator import configure, override
+from configurator import configure, override # --help prints the lines above
 config, given = configure(globals()) # all settings, and the names of those that were given
 # -----------------------------------------------------------------------------
 
 # processes and devices first: JAX must know --device before anything uses it
 rank = start_processes(device, heartbeat_timeout)
 if rank == 0 and not eval_only:
-    hold_out_dir(out_dir, resume=init_from == 'resume') # no other run writes there
+    hold_out_dir(out_dir, resume=init_from == 'resume') # lock it against other runs
 devices = select_devices(device)
 if compilation_cache:
     enable_compilation_cache()
 print(f'platform: {devices[0].platform}, devices: {len(devices)} ({devices[0].device_kind}), '
       f'processes: {jax.process_count()}')
 for key in sorted(given & {'compile', 'backend'}):
-    print(f'--{key} has no counterpart here and is ignored: XLA always compiles, '
-          'and has its own communication')
+    print(f'--{key} has no effect: XLA always compiles and chooses its communication library')
 
-# a resumed run takes the settings that were not given from its latest checkpoint
+# checkpoints: resume the latest one, or make sure that out_dir has none
 if init_from == 'resume' or not eval_only:
     checkpoints = utils.Checkpoints(out_dir, read_only=eval_only)
 if init_from == 'resume':
-    latest, meta = checkpoints.latest_meta()
-    config, differs = utils.merge_resumed_config(config, given, meta['config'])
+    latest, saved = checkpoints.latest_meta()
+    # flags win; all other settings come from the checkpoint
+    config, differs = utils.merge_resumed_config(config, given, saved['config'])
     override(globals(), config)
     if differs:
         print(f'differs from the checkpoint: {differs}')
@@ -121,7 +123,7 @@ elif not eval_only and checkpoints.steps():
                     f'{checkpoints.steps()[-1]}): resume it with --init_from=resume, or choose '
                     'another --out_dir')
 utils.check_settings(config)
-if not eval_only:
+if not eval_only: # fail early if something else has the name of a future checkpoint
     checkpoints.check_free([*range(0, max_iters + 1, eval_interval), max_iters + 1])
 
 # how a global batch is split over the devices
@@ -135,44 +137,46 @@ tokens_per_iter = layout.global_batch_size * block_size
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 compute_type = compute_dtype(dtype, devices, 'dtype' in given)
 if compute_type != dtype:
-    print(f'computing in {compute_type}, as nanoGPT does on this device, not in {dtype}')
+    print(f'computing in {compute_type} instead of {dtype}, as nanoGPT does on this device')
 
 # data
 data_dir = data_dir_of(dataset)
 for split in ('train', 'val'):
     utils.count_tokens(data_dir, split, block_size) # fail early
-meta_vocab_size, vocabulary = load_vocabulary(data_dir) # None, None: GPT-2's BPE
+# vocabulary: a list of characters ([] if not known), the text of a tokenizer.json, or None, which
+# is GPT-2's BPE
+meta_vocab_size, vocabulary = load_vocabulary(data_dir)
 if meta_vocab_size is not None:
     print(f'found vocab_size = {meta_vocab_size} (inside {find_vocabulary(data_dir)})')
 
-# optimizer
-schedule = utils.create_learning_rate_schedule(
+# optimizer: tx, as optax calls it. It applies get_lr by its own count of steps, which is iter_num
+get_lr = utils.create_learning_rate_schedule(
     learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_lr)
-tx = utils.create_optimizer(schedule, weight_decay, (beta1, beta2), grad_clip)
+tx = utils.create_optimizer(get_lr, weight_decay, (beta1, beta2), grad_clip)
 
-# model
+# model. JAX keeps structure and arrays apart: state has the weights and the optimizer's moments
 iter_num, best_val_loss = 0, 1e9
 if init_from == 'scratch':
     print('Initializing a new model from scratch')
     if meta_vocab_size is None:
         print('defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)')
-    shape = {name: config[name] for name in GPT_ARGS if name in config}
-    gptconf = GPTConfig(**shape, vocab_size=meta_vocab_size or 50304)
+    fields = {name: config[name] for name in GPT_ARGS if name in config} # vocab_size is no flag
+    gptconf = GPTConfig(**fields, vocab_size=meta_vocab_size or 50304)
     state = utils.init_train_state(gptconf, tx, seed, mesh)
 elif init_from == 'resume':
     # falls back to an earlier checkpoint if the latest is damaged
-    iter_num, meta, state = checkpoints.load('latest', lambda meta: utils.abstract_train_state(
-        GPTConfig.from_model_args(meta['model_args']), tx, mesh))
+    iter_num, saved, state = checkpoints.load('latest', lambda saved: utils.abstract_train_state(
+        GPTConfig.from_model_args(saved['model_args']), tx, mesh))
     print(f'Resuming training from {out_dir}, from iteration {iter_num}')
     best_val_loss = checkpoints.best_val_loss(config)
-    gptconf = replace(GPTConfig.from_model_args(meta['model_args']), dropout=dropout)
+    gptconf = replace(GPTConfig.from_model_args(saved['model_args']), dropout=dropout)
     if block_size < gptconf.block_size:
         state = utils.crop_state(state, block_size, mesh)
         gptconf = replace(gptconf, block_size=block_size)
-    if vocabulary and meta['chars'] and meta['chars'] != vocabulary:
+    if vocabulary and saved['chars'] not in ([], vocabulary):
         raise UserError(f'the vocabulary of {data_dir} differs from that of {out_dir}: use the '
                         '--dataset that it was trained on')
-    vocabulary = vocabulary or meta['chars']
+    vocabulary = vocabulary or saved['chars']
 elif init_from.startswith('gpt2') or os.path.isdir(init_from):
     whose = 'GPT-2' if os.path.isdir(init_from) else 'OpenAI GPT-2'
     print(f'Initializing from {whose} weights: {init_from}')
@@ -185,14 +189,15 @@ if meta_vocab_size and meta_vocab_size > gptconf.vocab_size:
     raise UserError(f'{find_vocabulary(data_dir)} has {meta_vocab_size} tokens, the model only '
                     f'{gptconf.vocab_size}: use the data that it was trained on, or '
                     '--init_from=scratch')
-config |= {name: getattr(gptconf, name) for name in GPT_ARGS if name in config} # of GPT-2's weights
+# save the shape that the model really has: pretrained weights set their own
+config |= {name: getattr(gptconf, name) for name in GPT_ARGS if name in config}
 head_size = gptconf.n_embd // gptconf.n_head
 gptconf = replace(gptconf, dtype=compute_type, remat=remat,
                   attention=attention_path(attention, compute_type, head_size, devices[0]))
 if gptconf.attention != 'xla' and dropout > 0:
     print(f'attention: {gptconf.attention} in evaluation, xla in training: '
           'the fused kernels have no dropout')
-model, train_graphdef, eval_graphdef = utils.split_model(gptconf)
+model, train_graphdef, eval_graphdef = utils.split_model(gptconf) # without weights
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 for name, tensors in zip(('decayed', 'non-decayed'), utils.decay_groups(state['params'])):
     print(f'num {name} parameter tensors: {len(tensors)}, '
@@ -202,16 +207,14 @@ print(f"mesh: data {mesh.shape['data']} x fsdp {fsdp}, {layout.micro_steps} micr
       f'iteration, {on_device:,.1f} MB of the {full:,.1f} MB of training state on each device')
 peak = mesh.size * peak_flops(devices[0])
 print(describe_peak(devices[0], mesh.size))
-fastest = model.estimate_mfu(layout.global_batch_size, 1.0, peak) # seconds per iteration
-if devices[0].platform == 'cpu' and fastest > 10:
-    print(f'an iteration takes {fastest:.0f} s or more on this CPU; '
+seconds = model.estimate_mfu(layout.global_batch_size, 1.0, peak) # per iteration at the peak
+if devices[0].platform == 'cpu' and seconds > 10:
+    print(f'an iteration takes {seconds:.0f} s or more on this CPU; '
           'for small models set --gradient_accumulation_steps=1')
 
-# batches, and the jitted steps
-batches = utils.Batches(
-    layout, data_dir, block_size, gptconf.vocab_size, seed, eval_iters, batch_size)
-train_step = utils.make_train_step(
-    train_graphdef, tx, seed, mesh, scale_loss=compute_type == 'float16')
+# batches and evaluation
+batches = utils.Batches(layout, data_dir, block_size, gptconf.vocab_size, seed,
+                        eval_iters=eval_iters, batch_size=batch_size)
 eval_step = utils.make_eval_step(eval_graphdef, mesh)
 
 def evaluate(stop=None):
@@ -223,16 +226,16 @@ def evaluate(stop=None):
     return {'train/loss': losses['train'], 'val/loss': losses['val']}
 
 if eval_only:
-    losses = evaluate()
-    if vocabulary != []: # an empty one has only its size
+    measured = evaluate()
+    if vocabulary != []: # its characters are known, and so their bytes
         per_token = batches.bytes_per_token('val', bytes_of_tokens(vocabulary))
-        bits = losses['val/loss'] / np.log(2) / per_token
+        bits = measured['val/loss'] / np.log(2) / per_token
         print(f'val loss in bits per byte: {bits:.4f} ({per_token:.2f} bytes per token)')
     sys.exit()
 
-# logging, by process 0 only; a resumed run keeps its wandb id, even if it was off meanwhile
+# logging, by process 0 only; a resumed run keeps its wandb id, even across one without wandb
 metrics_file = MetricsFile(out_dir, iter_num) if rank == 0 else None
-run_id = meta['config'].get('wandb_run_id') if init_from == 'resume' else None
+run_id = saved['config'].get('wandb_run_id') if init_from == 'resume' else None
 wandb_run = None
 if wandb_log and rank == 0:
     wandb_run = utils.start_wandb(wandb_project, wandb_run_name, config, run_id)
@@ -253,10 +256,11 @@ def save(val_loss=None):
     checkpoints.save(state, dict(iter_num=iter_num, best_val_loss=best_val_loss, config=config,
                                  model_args=model_args(gptconf), chars=vocabulary), val_loss)
 
-# compile
-stop = StopRequest() # signals end the loop after its current iteration
+# compile: micro-steps, loss scaling, clipping and AdamW are one program, for these shapes and types
+stop = StopRequest() # from here on a signal ends the run after this step, with a checkpoint
 x, y = batches.train(iter_num)
 t0 = time.perf_counter()
+train_step = utils.make_train_step(train_graphdef, tx, seed, mesh, compute_type == 'float16')
 train_step = train_step.lower(state, x, y, np.int32(iter_num)).compile()
 print(f'compiled in {time.perf_counter() - t0:.1f} s')
 
@@ -265,22 +269,23 @@ first_iter, last_logged = iter_num, iter_num - 1
 running_mfu, queued = -1.0, [] # queued: (iteration, metrics) of steps that are not printed yet
 started = t0 = time.perf_counter()
 with stop, checkpoints: # waits for the last save at the end
-    while iter_num <= max_iters:
+    while True:
 
         # evaluate the loss on train/val sets and write checkpoints
         if iter_num % eval_interval == 0:
-            jax.block_until_ready(state)
+            jax.block_until_ready(state) # steps that still run are training time
             paused = time.perf_counter()
             measured = evaluate(stop)
             if measured is None: # interrupted by a signal
                 break
             log({'iter': iter_num, 'tokens': iter_num * tokens_per_iter, **measured,
-                 'lr': float(schedule(iter_num))})
+                 'lr': float(get_lr(iter_num))})
             val_loss = measured['val/loss']
             utils.check_finite(iter_num, {'validation loss': val_loss}, checkpoints)
             if should_save(val_loss, best_val_loss, always_save_checkpoint):
                 best_val_loss = min(val_loss, best_val_loss)
-                if init_from == 'resume' and iter_num == first_iter: # saved already
+                # this checkpoint exists, but was saved without a validation loss
+                if init_from == 'resume' and iter_num == first_iter:
                     checkpoints.record_val_loss(iter_num, val_loss, config)
                 elif iter_num > 0:
                     save(val_loss)
@@ -290,23 +295,22 @@ with stop, checkpoints: # waits for the last save at the end
                 per_iter = (now - started) / (iter_num - first_iter)
                 utils.print_time_left(per_iter * (max_iters + 1 - iter_num))
 
-        # one optimizer step; read the next batch while the devices compute it
+        # one optimizer step; the call returns before the devices finish, and reuses state's buffers
         state, metrics = train_step(state, x, y, np.int32(iter_num))
+        due, queued = queued, [] # the step before this one
         if iter_num % log_interval == 0:
-            queued.append((iter_num, metrics))
+            queued = [(iter_num, metrics)]
         x, y = batches.train(iter_num + 1)
         checkpoints.check() # raise if the asynchronous save failed
         iter_num += 1
-        stopping = iter_num > max_iters or stop.reached()
+        stopping = stop.reached() or iter_num > max_iters # all processes ask stop equally often
 
-        # timing and logging, one step late, since reading a loss waits for its step; the last one
-        # before an evaluation or the end is not late
-        all_due = stopping or iter_num % eval_interval == 0
-        n_due = sum(all_due or it < iter_num - 1 for it, _ in queued)
-        due = [(it, {name: float(value) for name, value in metrics.items()})
-               for it, metrics in queued[:n_due]]
-        queued, t1 = queued[n_due:], time.perf_counter()
-        for it, values in due:
+        # timing and logging, one step late, since reading a loss waits for its step
+        if stopping or iter_num % eval_interval == 0:
+            due, queued = due + queued, [] # no step follows at once
+        due = [(it, {name: float(value) for name, value in metrics.items()}) for it, metrics in due]
+        t1 = time.perf_counter()
+        for it, values in due: # two lines share their mean time
             dt = (t1 - t0) / (due[-1][0] - last_logged)
             if it - first_iter >= 5: # let the training loop settle a bit
                 mfu = model.estimate_mfu(layout.global_batch_size, dt, peak)
@@ -314,18 +318,18 @@ with stop, checkpoints: # waits for the last save at the end
             print(f"iter {it}: loss {values['loss']:.4f}, time {dt*1000:.2f}ms, "
                   f"mfu {running_mfu*100:.2f}%")
             log({'iter': it, 'tokens': (it + 1) * tokens_per_iter, **values,
-                 'lr': float(schedule(it)), 'ms_per_iter': dt * 1000,
+                 'lr': float(get_lr(it)), 'ms_per_iter': dt * 1000,
                  'tokens_per_s': tokens_per_iter / dt,
                  'mfu': running_mfu * 100 if running_mfu >= 0 else np.nan})
             utils.check_finite(it, values, checkpoints)
-            if it == first_iter + 2: # the first ones are slower
+            if it == first_iter + 2: # a first estimate, of training alone
                 utils.print_time_left(dt * (max_iters - it))
         if due:
             t0, last_logged = t1, due[-1][0]
         if stopping:
             break
 
-    # save the last iteration too
+    # save the last iteration too, unless its weights are not finite
     if iter_num > first_iter:
         norm = jax.jit(optax.tree.norm)(state['params'])
         utils.check_finite(iter_num, {'norm of the weights': norm}, checkpoints)

@@ -45,7 +45,7 @@ def step_of(config, mesh):
 # -----------------------------------------------------------------------------
 # the same losses
 
-@pytest.mark.parametrize('n, fsdp', [(2, 1), (2, 2)])
+@pytest.mark.parametrize('n, fsdp', [pytest.param(2, 1, marks=pytest.mark.slow), (2, 2)])
 def test_training_on_devices_follows_nanogpts_trajectory(monkeypatch, n, fsdp):
     monkeypatch.setattr(quick, 'one_device_mesh', lambda: make_mesh(CPUS[:n], fsdp))
     monkeypatch.setattr(quick, 'VARIANTS', ['bias'])

@@ -33,7 +33,7 @@ each_document = pytest.mark.parametrize('document', DOCUMENTS)
 # path-like words that name no file of the repository
 ELSEWHERE = {'train.py', 'model.py', 'sample.py', 'bench.py',  # nanoGPT's
              'config.json', 'generation_config.json', 'model.safetensors', 'path/to/gpt2',
-             'prompt.txt', 'train.log', 'logs/*.log',  # a reader's own
+             'input.txt', 'prompt.txt', 'train.log', 'logs/*.log',  # a reader's own
              'train/loss', 'val/loss', 'refs/convert/parquet'}  # names in wandb, on the hub
 # nanoGPT's scripts, and ours that take the same flags
 COUNTERPART = {'train.py': 'train_jax.py', 'sample.py': 'sample_jax.py', 'bench.py': 'bench_jax.py'}

@@ -103,10 +103,11 @@ def test_flops_of_the_model_are_those_of_the_compiled_program(remat):
     assert forward + backward < gradient < 1.05 * (forward + backward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('micro_steps, batch_size, settings', [
     (2, 4, SMALL),  # mostly activations
-    pytest.param(2, 1, SMALL | dict(block_size=32), marks=pytest.mark.slow),  # mostly gradients
-    pytest.param(1, 4, SMALL | dict(vocab_size=8192), marks=pytest.mark.slow)])  # logits
+    (2, 1, SMALL | dict(block_size=32)),  # mostly gradients
+    (1, 4, SMALL | dict(vocab_size=8192))])  # logits
 def test_memory_is_that_of_the_compiled_training_step(micro_steps, batch_size, settings):
     config = GPTConfig(**settings)
     memory = sizing.device_memory(config, batch_size, micro_steps)
@@ -153,10 +154,11 @@ def printed(monkeypatch, capsys):
     return main
 
 
-def test_the_document_shows_what_is_printed(monkeypatch, printed):
+def test_the_document_shows_lines_that_are_printed(monkeypatch, printed):
     monkeypatch.chdir(ROOT)
     with open(os.path.join(ROOT, 'docs', 'sizing.md'), encoding='utf-8') as f:
-        assert printed() in f.read()
+        shown = f.read().split('```\n')[2].splitlines()  # after the commands and a paragraph
+    assert len(shown) > 5 and not set(shown) - set(printed().splitlines())
 
 
 def test_a_config_of_training_gives_its_model_with_the_vocabulary_of_its_data(

@@ -56,9 +56,9 @@ def test_log_lines_are_nanogpts_and_the_loss_falls(trained):
                  'found vocab_size = 20 (inside data/tiny/meta.pkl)',
                  'Initializing a new model from scratch', 'number of parameters: 0.0',
                  'num decayed parameter tensors: ', 'num non-decayed parameter tensors: ',
-                 'saving checkpoint to out_jax', '--compile has no counterpart here',
-                 '--backend has no counterpart here',
-                 'computing in float32, as nanoGPT does on this device, not in float16'):
+                 'saving checkpoint to out_jax', '--compile has no effect',
+                 '--backend has no effect',
+                 'computing in float32 instead of float16, as nanoGPT does on this device'):
         assert line in out, line
     assert len(re.findall(r'^compiled in \d+\.\d s$', out, re.M)) == 1
     # the state after the last iteration is saved, as a line says, and the best checkpoint is kept

@@ -26,7 +26,7 @@ from nanogpt_jax import run_dir
 from nanogpt_jax.checkpoint import quiet_orbax
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
-from nanogpt_jax.sampling import Continuation, stream_tokens
+from nanogpt_jax.sampling import Continuation, Sampler, stream_tokens
 from nanogpt_jax.sharding import make_mesh, shard_batch
 from nanogpt_jax.tokenizer import (
     end_of_text, get_tokenizer, gpt2_encoding, make_tokenizer, read_tokenizer,
@@ -192,9 +192,10 @@ class Adapter(TemplateLM):
         texts = [Continuation(self.make_decode(ids)) for ids in prompts]
         # rows of padding, so that all batches have one shape
         idx = np.array(prompts + prompts[:1] * (batch_size - len(prompts)), np.int32)
-        for tokens in stream_tokens(
-                self.model, idx, how['max_gen_toks'], how.get('temperature', 0.0),
-                how.get('top_k'), how.get('top_p', 1.0), jax.random.key(seed), self.n_vocab, 16):
+        sampler = Sampler(how.get('temperature', 0.0), how.get('top_k'), how.get('top_p', 1.0),
+                          self.n_vocab)
+        for tokens in stream_tokens(self.model, idx, how['max_gen_toks'], sampler,
+                                    jax.random.key(seed), chunk=16):
             for text, ids in zip(texts, tokens.tolist()):
                 text.add(ids)
             if all(any(stop in text.text for stop in stops) for text in texts):
