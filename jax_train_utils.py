@@ -29,6 +29,7 @@ from nanogpt_jax.sharding import (
     batch_sharding, cast_kernels, gather_params, make_mesh, partition_specs, scan_blocks,
     pop_blocks, shard_batch, shardings, stack_blocks, unstack_blocks,
 )
+from nanogpt_jax.tokenizer import bytes_of_tokens
 
 # -----------------------------------------------------------------------------
 # learning rate and optimizer
@@ -143,10 +144,14 @@ class Batches:
         for part in np.pad(offsets, (0, padding), constant_values=-1).reshape(-1, B):
             yield self._load(split, part)
 
-    def bytes_per_token(self, split, n_bytes):
-        """Mean bytes of text of a target of evaluation(split); n_bytes: the bytes of each id."""
+    def bytes_per_token(self, split, vocabulary):
+        """Mean bytes of text of a target of evaluation(split). Raises UserError if the vocabulary
+        cannot tell."""
+        n_bytes = np.array(bytes_of_tokens(vocabulary))
         targets = self._read(split, self._evaluation_offsets(split))[:, 1:]
-        return float(np.asarray(n_bytes)[targets].mean())
+        if (largest := targets.max()) >= len(n_bytes):
+            raise UserError(f'no text is known for the token id {largest}')
+        return float(n_bytes[targets].mean())
 
     def _evaluation_offsets(self, split):
         return np.concatenate([

@@ -32,7 +32,7 @@ from nanogpt_jax.launch import keep_stdout_open, start_processes
 from nanogpt_jax.run_dir import MetricsFile, data_dir_of, hold_out_dir
 from nanogpt_jax.sharding import choose_layout, choose_micro_batch_size, state_bytes
 from nanogpt_jax.signals import StopRequest
-from nanogpt_jax.tokenizer import bytes_of_tokens, find_vocabulary, load_vocabulary
+from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
 keep_stdout_open() # a closed terminal or pipe does not end the run
@@ -226,11 +226,13 @@ def evaluate(stop=None):
     return {'train/loss': losses['train'], 'val/loss': losses['val']}
 
 if eval_only:
-    measured = evaluate()
-    if vocabulary != []: # its characters are known, and so their bytes
-        per_token = batches.bytes_per_token('val', bytes_of_tokens(vocabulary))
-        bits = measured['val/loss'] / np.log(2) / per_token
-        print(f'val loss in bits per byte: {bits:.4f} ({per_token:.2f} bytes per token)')
+    loss = evaluate()['val/loss']
+    try:
+        n_bytes = batches.bytes_per_token('val', vocabulary)
+        print(f'val loss in bits per byte: {loss / np.log(2) / n_bytes:.4f} '
+              f'({n_bytes:.2f} bytes per token)')
+    except UserError as e: # the loss is printed all the same
+        print(f'val loss in bits per byte: not known, {e}')
     sys.exit()
 
 # logging, by process 0 only; a resumed run keeps its wandb id, even across one without wandb
