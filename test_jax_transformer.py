@@ -421,15 +421,6 @@ def test_weights_that_do_not_fit_are_all_named_and_nothing_changes():
 # -----------------------------------------------------------------------------
 
 @area('forward, training')
-def test_forward_with_targets_gives_all_logits_and_a_float32_loss():
-    logits, loss = forward(tiny(), tokens(3, 16), tokens(3, 16, seed=1))
-    assert logits.shape == (3, 16, 65) and loss.shape == () and loss.dtype == jnp.float32
-    # small random weights predict almost uniformly: logits of scale 0.02 change the loss by far
-    # less than 0.1
-    assert abs(float(loss) - math.log(65)) < 0.1
-
-
-@area('forward, training')
 def test_targets_of_minus_one_do_not_count():
     x, y = tokens(2, 16), tokens(2, 16, seed=1)
     logits, _ = forward(tiny(), x, y)
@@ -803,20 +794,6 @@ def test_invalid_sampling_settings_are_refused():
 # -----------------------------------------------------------------------------
 
 @area('dtypes')
-def test_compute_types_agree_within_their_precision():
-    x, y = tokens(4, 16), tokens(4, 16, seed=1)
-    want_logits, want_loss = forward(tiny(), x, y)
-    for dtype, eps in (('bfloat16', 2 ** -8), ('float16', 2 ** -11)):
-        model = tiny(dtype=dtype)
-        logits, loss = forward(model, x, y)
-        assert logits.dtype == dtype and loss.dtype == jnp.float32
-        assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params_of(model)))
-        # a few roundings before logits of at most 0.5
-        np.testing.assert_allclose(np.float32(logits), want_logits, atol=4 * eps * 0.5)
-        np.testing.assert_allclose(loss, want_loss, rtol=eps)
-
-
-@area('dtypes')
 def test_norms_softmax_and_loss_are_computed_in_float32_in_a_bfloat16_model():
     graphdef, params = nnx.split(tiny(dtype='bfloat16'), nnx.Param)
     program = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x, x)[1])
@@ -890,16 +867,6 @@ def test_check_finite_accepts_skipped_float16_steps_and_refuses_other_non_finite
     check(overflow | {'loss_scale': jnp.float32(1024)})
     # below 1, halving the scale has not helped
     assert_refused(lambda: check(overflow | {'loss_scale': jnp.float32(0.5)}), 'iteration 7')
-
-
-@area('dtypes')
-def test_loss_scaling_does_not_change_the_gradient():
-    x = tokens(1, 8, 16)
-    norms = []
-    for scale_loss in (False, True):
-        step, state = make_step(tiny(), scale_loss=scale_loss)
-        norms.append(float(step(state, x, x, 0)[1]['grad_norm']))
-    assert math.isclose(*norms, rel_tol=1e-6)  # scaling by a power of two does not round
 
 
 # -----------------------------------------------------------------------------

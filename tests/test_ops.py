@@ -179,10 +179,9 @@ def test_remat_and_the_scan_give_the_same_gradient_and_remat_saves_less():
             p.size for p in jax.tree.leaves(nnx.state(tiny(n_layer=2).transformer.h)))
     grad = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
     want = grad(params, False, run_blocks)
-    for how in ((True, run_blocks), (False, scan), (True, scan)):
-        for a, b in zip(jax.tree.leaves(grad(params, *how)), jax.tree.leaves(want)):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)  # sums in another order
     for way in (run_blocks, scan):
+        for a, b in zip(jax.tree.leaves(grad(params, True, way)), jax.tree.leaves(want)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)  # sums in another order
         assert saved(True, way) < saved(False, way) / 2
 
 
