@@ -9,16 +9,16 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_transformer import GPT, GPT_ARGS, training_loss
+from jax_transformer import GPT, GPT_ARGS, GPTConfig, training_loss
 from nanogpt_jax import run_dir
 from nanogpt_jax.checkpoint import Checkpoints as Checkpoints  # re-exported
 from nanogpt_jax.devices import on_host
@@ -29,7 +29,7 @@ from nanogpt_jax.sharding import (
     batch_sharding, cast_kernels, gather_params, make_mesh, partition_specs, scan_blocks,
     pop_blocks, shard_batch, shardings, stack_blocks, unstack_blocks,
 )
-from nanogpt_jax.tokenizer import bytes_of_tokens
+from nanogpt_jax.tokenizer import bytes_of_tokens, read_tokenizer
 
 # -----------------------------------------------------------------------------
 # learning rate and optimizer
@@ -283,6 +283,33 @@ def load_pretrained(model_type_or_path, tx, mesh, block_size, dropout):
         model = GPT.from_pretrained(model_type_or_path, dict(dropout=dropout))
         model.crop_block_size(block_size)
     return create_train_state(model, tx, mesh), model.config
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, as load_model finds it."""
+    model: GPT
+    vocabulary: Any  # of nanogpt_jax/tokenizer.py
+    step: int | None  # of the checkpoint; None for pretrained weights
+
+
+def load_model(init_from, out_dir, checkpoint, mesh, dtype):
+    """The LoadedModel of a checkpoint in out_dir if init_from is 'resume', else of GPT-2's weights;
+    on the mesh's devices, computing in dtype."""
+    if init_from != 'resume':
+        model = GPT.from_pretrained(init_from, dict(dropout=0.0), dtype=dtype)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        nnx.update(model, jax.device_put(nnx.state(model, nnx.Param), replicated))
+        model.eval()
+        path = os.path.join(init_from, 'tokenizer.json')
+        return LoadedModel(model, read_tokenizer(path) if os.path.exists(path) else None, None)
+
+    def abstract_params(meta):
+        config = GPTConfig.from_model_args(meta['model_args'])
+        return {'params': abstract_train_state(config, optax.identity(), mesh)['params']}
+    step, meta, state = Checkpoints(out_dir, read_only=True).load(checkpoint, abstract_params)
+    config = GPTConfig.from_model_args(meta['model_args'], dtype=dtype)
+    model = nnx.merge(split_model(config).eval_graphdef, state['params'])
+    return LoadedModel(model, meta['chars'], step)
 
 
 # -----------------------------------------------------------------------------

@@ -11,13 +11,10 @@ import time
 
 import jax
 import numpy as np
-import optax
-from flax import nnx
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
-from jax_train_utils import Checkpoints, abstract_train_state, check_settings, split_model
-from jax_transformer import GPT, GPTConfig
-from nanogpt_jax.checkpoint import quiet_orbax
+from jax_train_utils import check_settings, load_model
+from nanogpt_jax.checkpoint import quiet_orbax, steps_on_disk
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.launch import keep_stdout_for_samples
@@ -70,22 +67,12 @@ if compilation_cache:
 compute_type = compute_dtype(dtype, devices, 'dtype' in given)
 
 # model
-vocabulary = None # GPT-2's BPE
-if init_from == 'resume':
-    checkpoints = Checkpoints(out_dir, read_only=True)
-    def abstract_params(saved):
-        gptconf = GPTConfig.from_model_args(saved['model_args'])
-        state = abstract_train_state(gptconf, optax.identity(), make_mesh(devices[:1]))
-        return {'params': state['params']}
-    step, saved, arrays = checkpoints.load(checkpoint, abstract_params)
-    vocabulary = saved['chars']
-    gptconf = GPTConfig.from_model_args(saved['model_args'], dtype=compute_type)
-    model = nnx.merge(split_model(gptconf)[2], arrays['params'])
-    newer = checkpoint == 'auto' and checkpoints.steps()[-1] > step
+model, vocabulary, step = load_model(
+    init_from, out_dir, checkpoint, make_mesh(devices[:1]), compute_type)
+if step is not None:
+    newer = checkpoint == 'auto' and steps_on_disk(out_dir)[-1] > step
     print(f'sampling from iteration {step} of {out_dir}'
           + (', the best; --checkpoint=latest samples a later one' if newer else ''))
-else:
-    model = GPT.from_pretrained(init_from, dict(dropout=0.0), dtype=compute_type)
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
 encode, make_decode, n_vocab = get_tokenizer(vocabulary) # ids from n_vocab on are padding

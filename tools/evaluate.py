@@ -16,12 +16,9 @@ from itertools import chain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_train_utils import Checkpoints, abstract_train_state, split_model
-from jax_transformer import GPT, GPTConfig
+from jax_train_utils import load_model
 from nanogpt_jax import run_dir
 from nanogpt_jax.checkpoint import quiet_orbax
 from nanogpt_jax.devices import compute_dtype, enable_compilation_cache, select_devices
@@ -29,7 +26,7 @@ from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.sampling import Continuation, Sampler, stream_tokens
 from nanogpt_jax.sharding import make_mesh, shard_batch
 from nanogpt_jax.tokenizer import (
-    end_of_text, get_tokenizer, gpt2_encoding, make_tokenizer, read_tokenizer,
+    end_of_text, get_tokenizer, gpt2_encoding, make_tokenizer,
 )
 
 sys.excepthook = report_user_error
@@ -63,27 +60,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
-
-
-def load_model(mesh, dtype):
-    """(model on the mesh's devices, its vocabulary, the results' path up to their tasks)."""
-    if init_from != 'resume':
-        model = GPT.from_pretrained(init_from, dict(dropout=0.0), dtype=dtype)
-        replicated = NamedSharding(mesh, PartitionSpec())
-        nnx.update(model, jax.device_put(nnx.state(model, nnx.Param), replicated))
-        path = os.path.join(init_from, 'tokenizer.json')
-        return (model, read_tokenizer(path) if os.path.exists(path) else None,
-                os.path.join(init_from if os.path.isdir(init_from) else '.', 'lm_eval'))
-
-    def abstract_params(meta):
-        config = GPTConfig.from_model_args(meta['model_args'])
-        state = abstract_train_state(config, optax.identity(), mesh)
-        return {'params': state['params']}
-    step, meta, state = Checkpoints(out_dir, read_only=True).load(checkpoint, abstract_params)
-    print(f'evaluating iteration {step} of {out_dir}')
-    graphdef = split_model(GPTConfig.from_model_args(meta['model_args'], dtype=dtype)).eval_graphdef
-    return (nnx.merge(graphdef, state['params']), meta['chars'],
-            run_dir.join(out_dir, f'lm_eval-{step}'))
 
 
 def end_of_document(vocabulary):
@@ -223,14 +199,19 @@ if compilation_cache:
 mesh = make_mesh(devices)
 names = tasks.split(',')
 manager = Tasks(include_path=include_path or None)
-model, vocabulary, path = load_model(mesh, compute_dtype(dtype, devices, 'dtype' in given))
+model, vocabulary, step = load_model(
+    init_from, out_dir, checkpoint, mesh, compute_dtype(dtype, devices, 'dtype' in given))
+if step is not None:
+    print(f'evaluating iteration {step} of {out_dir}')
 results = simple_evaluate(
     Adapter(model, vocabulary, mesh), tasks=names, limit=limit or None, task_manager=manager,
     num_fewshot=None if num_fewshot < 0 else num_fewshot, log_samples=log_samples)
 print(utils.make_table(results))
 if results.get('groups'):
     print(utils.make_table(results, 'groups'))
-path = f'{path}-{"+".join(names):.100}.json'
+folder = out_dir if init_from == 'resume' else init_from if os.path.isdir(init_from) else '.'
+path = run_dir.join(folder, '-'.join(['lm_eval', *[str(step)] * (step is not None),
+                                      f'{"+".join(names):.100}.json']))
 with run_dir.open_file(path, 'w') as f:
     json.dump(results, f, indent=1, default=utils.handle_non_serializable)
 print(f'results are in {path}')
