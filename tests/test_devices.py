@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
-    ITER, RESUME, ROOT, STEP, TINY, finish, resume, run_processes, saved, start_processes, train,
-    with_data,
+    ITER, OPTIMIZED, RESUME, ROOT, STEP, TINY, finish, resume, run_processes, saved,
+    start_processes, train, with_data,
 )
 from packaging.requirements import Requirement
 
@@ -151,19 +151,18 @@ def test_a_checkpoint_of_one_mesh_is_continued_on_another_and_cropped(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ROUNDING), got, want)
 
 
-def assert_same_losses(got, want, tolerance):
-    """Compare every printed loss of two outputs; returns the largest difference."""
-    losses = [[float(loss) for _, loss, *_ in ITER.findall(out)]
-              + [float(n) for line in STEP.findall(out) for n in line[1:]] for out in (got, want)]
+def assert_same_run(folder, out_dir, want, out):
+    """Compare every printed loss, and the last weights, with those of the run on one device."""
+    losses = [[float(loss) for _, loss, *_ in ITER.findall(text)]
+              + [float(n) for line in STEP.findall(text) for n in line[1:]] for text in (out, want)]
     assert len(losses[0]) == len(losses[1]) > 12
-    np.testing.assert_allclose(*losses, atol=tolerance)
-    return np.abs(np.subtract(*losses)).max()
-
-
-def weight_difference(folder, out_dir, want_dir):
-    """The largest difference between the weights of two runs that ended at the same iteration."""
-    got, want = (saved(folder, name, 13)[0]['params'] for name in (out_dir, want_dir))
-    return max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)))
+    # float32 sums in another order may change the last of the printed digits
+    np.testing.assert_allclose(*losses, atol=1.1e-4)
+    states = (saved(folder, name, 13)[0]['params'] for name in (out_dir, 'one'))
+    difference = max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, states)))
+    print(f'{out_dir}: losses differ by {np.abs(np.subtract(*losses)).max():.4f}, '
+          f'weights by {difference:.1e}')
+    assert difference < ROUNDING
 
 
 @pytest.fixture(scope='module')
@@ -186,9 +185,7 @@ def test_checkpoints_move_between_devices_shardings_and_processes(one):
         assert f'mesh: {mesh}' in out
     got = [line for out in outs for line in ITER.findall(out)]
     assert [int(n) for n, *_ in got] == list(range(13))
-    np.testing.assert_allclose([float(loss) for _, loss, *_ in got],
-                               [float(line[1]) for line in ITER.findall(want)], atol=1e-4)
-    assert weight_difference(folder, 'moved', 'one') < ROUNDING
+    assert_same_run(folder, 'moved', want, ''.join(outs))
 
 
 # -----------------------------------------------------------------------------
@@ -209,6 +206,16 @@ COUNTING = textwrap.dedent('''
 ''').replace('ROOT', repr(ROOT))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('processes, devices, fsdp', [(1, 8, 1), (1, 8, 2), (1, 8, 8), (2, 2, 4)])
+def test_losses_and_weights_do_not_depend_on_the_mesh(one, processes, devices, fsdp):
+    folder, want = one
+    out_dir = f'{processes}x{devices}-{fsdp}'
+    flags = [*TINY, *STEPS, f'--fsdp={fsdp}', f'--out_dir={out_dir}']
+    assert_same_run(folder, out_dir, want, run_processes(
+        folder, processes, *flags, devices=devices, **OPTIMIZED))
+
+
 def test_losses_and_weights_do_not_depend_on_devices_and_processes(one):
     folder, want = one
     started = start_processes(folder, 2, COUNTING, *TINY, *STEPS, '--out_dir=two', devices=2,
@@ -218,11 +225,7 @@ def test_losses_and_weights_do_not_depend_on_devices_and_processes(one):
     assert 'devices: 4 (cpu), processes: 2' in first.stdout
     assert 'tokens per iteration will be: 128' in first.stdout
     assert 'mesh: data 4 x fsdp 1, ' in first.stdout
-    # float32 sums in another order may change the last of the printed digits
-    loss_difference = assert_same_losses(first.stdout, want, 1.1e-4)
-    difference = weight_difference(folder, 'two', 'one')
-    print(f'losses differ by {loss_difference:.4f}, weights by {difference:.1e}')
-    assert difference < ROUNDING
+    assert_same_run(folder, 'two', want, first.stdout)
     # only the first prints, and warns
     assert not second.stdout and first.stdout.count('WARNING: jaxlib 0.10.2 computes wrong') == 1
     # each reads its half of the 8 sequences of a step, and of the 12 of an evaluation
