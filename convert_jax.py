@@ -223,7 +223,10 @@ def run_to_nanogpt():
 
     def is_adam(s):
         return isinstance(s, optax.ScaleByAdamState)
-    adam = next(filter(is_adam, jax.tree.leaves(state['opt_state'], is_leaf=is_adam)))
+    adam = next(filter(is_adam, jax.tree.leaves(state['opt_state'], is_leaf=is_adam)), None)
+    if adam is None or jax.tree.structure(adam.mu) != jax.tree.structure(state['params']):
+        raise UserError(f'{src} was not trained by AdamW alone, and a ckpt.pt has its moments; '
+                        '--format=hf writes the weights')
     steps, settings = int(adam.count), meta['config']
     weights, exp_avg, exp_avg_sq = (
         {name: torch.tensor(w) for name, w in tree.items()} for tree in

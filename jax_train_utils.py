@@ -95,10 +95,7 @@ def batch_offsets(n, n_offsets, seed, iter_num, stream):
 def count_tokens(data_dir, split, block_size):
     """Number of tokens in a split. Raises UserError if no batch can be drawn from it."""
     path = run_dir.join(data_dir, f'{split}.bin')
-    try:
-        size = run_dir.file_size(path)
-    except OSError as e:
-        raise UserError(f'cannot read {path}: {e.strerror or e}') from e
+    size = run_dir.file_size(path)
     if size is None and run_dir.is_remote(path):
         raise UserError(f'{path} does not exist: prepare the data on some machine, and copy its '
                         f'files to {data_dir}')
@@ -506,7 +503,7 @@ def check_settings(config):
     counts = ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps',
               'batch_size', 'fsdp')
     ranges = dict.fromkeys(counts, (1, math.inf))
-    # of arrays, whose indices are int32; each layer is traced and compiled by itself
+    # array indices are int32; each layer is compiled by itself
     ranges |= dict.fromkeys(('block_size', 'n_head', 'n_embd'), (1, 2 ** 31)) | dict(
         n_layer=(1, 10 ** 4), vocab_size=(0, 2 ** 31), max_new_tokens=(0, 2 ** 31))
     # the devices count iterations in int32
@@ -574,6 +571,9 @@ def merge_resumed_config(config, given, saved):
             result = (' (kept: the weights have this shape)' if name in MODEL_SHAPE else
                       f' -> {config[name]}')
             differs.append(f'{name} {saved[name]}{result}')
+    # a setting of other code, such as a fork's
+    differs += [f'{name} {saved[name]} (not a setting of this train_jax.py)'
+                for name in sorted(saved.keys() - config.keys() - {'wandb_run_id'})]
     if merged['block_size'] > saved['block_size']:
         raise UserError(f'block_size={merged["block_size"]} is larger than the checkpoint\'s '
                         f'{saved["block_size"]}; give a smaller one, or none')

@@ -250,8 +250,8 @@ class GPT(nnx.Module):
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, by default without wpe (wte counts, since it is the head too)."""
-        n_params = sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param)))
-        return n_params - self.transformer.wpe.embedding.size if non_embedding else n_params
+        return sum(p.size for path, p in nnx.to_flat_state(nnx.state(self, nnx.Param))
+                   if not (non_embedding and 'wpe' in path))
 
     def hidden(self, idx, rngs=None, run_blocks=run_blocks, start=0, caches=None):
         """The transformer without its head: int (B, T) to (B, T, C) in the compute dtype.

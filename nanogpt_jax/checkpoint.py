@@ -11,6 +11,7 @@ deleted.
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import glob
 import json
 import logging
@@ -40,6 +41,7 @@ UNFINISHED = 'unfinished.json'  # names the folders that a save is writing or de
 MEASURE = 'dataset', 'block_size', 'batch_size', 'eval_iters'  # settings of an evaluation
 ITERATION = '0|[1-9][0-9]*'
 TRIAL = 'save-test'  # the folder of a checkpoint of a few bytes
+BAD_JSON = ValueError, RecursionError, TypeError, KeyError
 
 
 def should_save(val_loss, best_val_loss, always_save_checkpoint):
@@ -99,12 +101,17 @@ def checksums_of(tree):
 
 
 def seal(values):
-    """values, a dict for a JSON file, with a checksum that unseal looks at."""
+    """values, a dict for a JSON file, with a checksum that read_sealed looks at."""
     return values | {'crc32': zlib.crc32(json.dumps(values, sort_keys=True).encode())}
 
 
-def unseal(values):
-    values = dict(values)
+def read_sealed(path):
+    """The dict of a JSON file; None if it is not a sealed one. Raises OSError, and one of BAD_JSON
+    if it is damaged."""
+    with run_dir.open_file(path, 'rb') as f:
+        values = json.load(f)
+    if not isinstance(values, dict) or 'crc32' not in values:
+        return None
     crc32 = values.pop('crc32')
     if seal(values)['crc32'] != crc32:
         raise ValueError('its JSON is changed')
@@ -120,37 +127,22 @@ def restore(folder, item, tree):
 # -----------------------------------------------------------------------------
 # what a folder holds
 
-class DamagedError(UserError):
-    """A checkpoint cannot be read, or is not what was saved."""
-
-
 class Loaded(NamedTuple):
     step: int
     meta: dict
     state: Any
 
 
-def read_json(path):
-    """Raises OSError, and ValueError if the file is damaged."""
-    with run_dir.open_file(path, 'rb') as f:
-        text = f.read()
-    try:
-        return json.loads(text)
-    except RecursionError as e:
-        raise ValueError('its JSON is nested too deeply') from e
-
-
 def read_meta(folder):
-    """A checkpoint's meta: a dict, a DamagedError, or None if this project has not written it.
+    """A checkpoint's meta; as text what is wrong with it; None if this project has not written it.
 
     Raises OSError for what says nothing about its content.
     """
     try:
-        meta = read_json(join(folder, 'meta', 'metadata'))
-        return unseal(meta) if isinstance(meta, dict) and 'crc32' in meta else None
+        return read_sealed(join(folder, 'meta', 'metadata'))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as e:  # only the items' names are left to tell whose it is
+    except BAD_JSON as e:  # only the items' names are left to tell whose it is
         ours = all(run_dir.is_dir(join(folder, item)) for item in ARRAYS)
         return damaged(folder, e) if ours else None
 
@@ -162,7 +154,7 @@ def numbered(out_dir):
 
 
 def find_checkpoints(out_dir):
-    """{iteration: its meta, or a DamagedError} of what this project wrote, ascending.
+    """{iteration: what read_meta says} of what this project wrote, ascending.
 
     Raises UserError if it cannot be read.
     """
@@ -178,14 +170,6 @@ def find_checkpoints(out_dir):
     return {step: meta for step, meta in found.items() if meta is not None}
 
 
-def read_val_losses(folder):
-    """What record_val_loss has written to a checkpoint: [[measure(config), val_loss], ...]."""
-    try:
-        return unseal(read_json(join(folder, VAL_LOSS)))['measured']
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):  # absent or damaged
-        return []
-
-
 def steps_on_disk(out_dir):
     """The iterations that a folder has checkpoints of, ascending, valid or not."""
     return [*find_checkpoints(out_dir)]
@@ -193,54 +177,31 @@ def steps_on_disk(out_dir):
 
 def measure(config):
     """What a validation loss depends on beside the weights; only equal ones can be compared."""
-    return [str(config.get(name)) for name in MEASURE]
+    return ', '.join(f'{name}={config.get(name)}' for name in MEASURE)
 
 
-def names_and_shapes(tree):
+def read_val_losses(folder):
+    """What record_val_loss has written to a checkpoint: {measure(config): val_loss}."""
+    try:
+        return read_sealed(join(folder, VAL_LOSS))['measured']
+    except (FileNotFoundError, *BAD_JSON):
+        return {}
+
+
+def split_items(state):
+    """A training state as the items of a checkpoint that hold arrays: parameters, and all else."""
+    rest = {k: v for k, v in state.items() if k != 'params'}
+    return {'params': state['params']} | ({'optimizer': rest} if rest else {})
+
+
+def shapes_of(tree):
     """{name: shape} of a tree of arrays, or of Orbax's metadata of one."""
-    return {jax.tree_util.keystr(path, simple=True, separator='.'): tuple(leaf.shape)
+    return {jax.tree_util.keystr(path, simple=True, separator='.'): [*leaf.shape]
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def fingerprint(shapes):
-    return zlib.crc32(json.dumps(sorted(shapes.items())).encode())
-
-
-def saved_shapes(folder, item):
-    """{name: shape} of the arrays that an item of a checkpoint says it has. Raises any error."""
-    return names_and_shapes(ocp.StandardCheckpointHandler().metadata(
-        epath.Path(run_dir.absolute(folder)) / item).tree)
-
-
-def difference(saved, wanted):
-    """What two {name: shape} differ in, as text; '' if in nothing."""
-    def some(names):
-        names = [re.sub(r'\.(embedding|kernel|scale)$', '', name) for name in sorted(names)]
-        return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-    if extra := saved.keys() - wanted.keys():
-        return f'it has {some(extra)}, this one has not'
-    if missing := wanted.keys() - saved.keys():
-        return f'it has no {some(missing)}, this one has'
-    changed = [name for name in wanted if saved[name] != wanted[name]]
-    return f'it has other shapes of {some(changed)}' if changed else ''
 
 
 # -----------------------------------------------------------------------------
 # errors
-
-def one_line(error):
-    return ' '.join(str(error).split())
-
-
-def tail(error):
-    text = one_line(error)
-    return text if len(text) < 300 else '...' + text[-300:]  # the cause is at the end
-
-
-def damaged(folder, error):
-    return DamagedError(f'checkpoint {folder} is damaged: {type(error).__name__}: '
-                        + one_line(error)[:300])
-
 
 ABOUT_MEMORY = MemoryError, jax.errors.JaxRuntimeError  # the scripts have an advice for these
 
@@ -253,52 +214,53 @@ def is_damage(error):
     """Whether an error tells that a checkpoint is not what was saved; permissions, I/O and memory
     say nothing about that."""
     while error:
-        if isinstance(error, (UserError, *ABOUT_MEMORY)) or (
-                isinstance(error, OSError)
-                and not isinstance(error, (FileNotFoundError, NotADirectoryError))):
-            return isinstance(error, DamagedError)
-        if str(error).partition(':')[0] in NOT_DAMAGE:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return True
+        if isinstance(error, (OSError, *ABOUT_MEMORY)) or str(error).startswith(NOT_DAMAGE):
             return False
         error = error.__cause__ or error.__context__
     return True
 
 
-def describe_failure(folder, error):
-    """'damaged' or 'stop', a space, and an error in words; '' for no error."""
-    if not error:
-        return ''
-    if is_damage(error):
-        return f'damaged {damaged(folder, error)}'
-    if isinstance(error, UserError):
-        return f'stop {error}'
-    return f'stop cannot read {folder}: {type(error).__name__}: {one_line(error)[:300]}'
+def one_line(error):
+    """An error's type and text; of a long text the ends, as the cause is at one of them."""
+    text = f'{type(error).__name__}: ' + ' '.join(str(error).split())
+    return text if len(text) < 300 else f'{text[:150]} ... {text[-150:]}'
+
+
+def damaged(folder, error):
+    return f'checkpoint {folder} is damaged: {one_line(error)}'
 
 
 # -----------------------------------------------------------------------------
 # several processes
 
-def from_all_processes(text):
-    """The texts of all processes, on all processes."""
+def gather(value):
+    """A value that JSON can hold of each process, on all processes."""
     if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(errors='replace'), np.uint8)
-    size = 1 + int(np.max(multihost_utils.process_allgather(np.int32(data.size))))
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(np.max(multihost_utils.process_allgather(np.int32(data.size))))
     rows = multihost_utils.process_allgather(np.pad(data, (0, size - data.size)))
-    return [row.tobytes().rstrip(b'\0').decode() for row in rows]
+    return [json.loads(row.tobytes().rstrip(b'\0')) for row in rows]
 
 
-def from_process_0(read, *args):
-    """read(*args) of process 0, which JSON can hold, or its error, on all processes."""
-    answer, error = {}, None
-    if jax.process_index() == 0:
-        try:
-            answer = {'value': read(*args)}
-        except Exception as e:
-            answer, error = {'error': one_line(e)}, e
-    answer = json.loads(from_all_processes(json.dumps(answer))[0])
-    if 'error' in answer:
-        raise error or UserError(answer['error'])
-    return answer['value']
+def by_process_0(method):
+    """A method that process 0 runs for all: they return its value, which JSON can hold, or raise
+    its UserError."""
+    @functools.wraps(method)
+    def shared(self, *args):
+        value = error = None
+        if jax.process_index() == 0:
+            try:
+                value = method(self, *args)
+            except UserError as e:
+                error = e
+        value, text = gather([value, error and str(error)])[0]
+        if text:
+            raise error or UserError(text)
+        return value
+    return shared
 
 
 # -----------------------------------------------------------------------------
@@ -315,16 +277,14 @@ class Checkpoints:
         check_out_dir(out_dir, must_exist=read_only)
         self.out_dir, self.is_writer = out_dir, not read_only and jax.process_index() == 0
         self.blocked, self.saves = 0.0, 0  # seconds spent in save(), and number of calls
-        self.damaged = {}  # {iteration: DamagedError}; they are renamed before the first save
-        self.saving = None  # the concurrent.futures.Future of a save, and its iteration
-        self.failed, self.orbax = set(), None
-        if read_only and not self.steps():
-            other = ', '.join(numbered(out_dir)[:3])
-            raise UserError(f'no checkpoint in {out_dir}'
-                            + (f' (this project has not written its {other})' if other else '')
-                            + ': train first, or give another --out_dir')
+        self.damaged = {}  # {iteration: what is wrong}; they are renamed before the next save
+        self.saving = None  # the iteration of a save, and its concurrent.futures.Future
+        self.orbax = None
         if not read_only:
             self._open_for_writing()
+        elif not self.steps():
+            raise UserError(f'no checkpoint in {out_dir} was written by this project: train first, '
+                            'or give another --out_dir')
 
     def __enter__(self):
         return self
@@ -355,35 +315,30 @@ class Checkpoints:
                 **dict.fromkeys(ARRAYS, handler))))
         self.background = concurrent.futures.ThreadPoolExecutor(1)
         try:
-            if self.is_writer and not run_dir.is_remote(path):
-                os.makedirs(path, exist_ok=True)
-            self._remove_unfinished()
+            if self.is_writer:
+                if not run_dir.is_remote(path):
+                    os.makedirs(path, exist_ok=True)
+                self._remove_unfinished()
             self._try_to_save()
+        except (UserError, *ABOUT_MEMORY):
+            raise
         except Exception as e:  # errors of the file system arrive as many types
-            if isinstance(e, (UserError, *ABOUT_MEMORY)):
-                raise
-            raise UserError(f'cannot save to {self.out_dir}: {tail(e)}; choose another '
+            raise UserError(f'cannot save to {self.out_dir}: {one_line(e)}; choose another '
                             '--out_dir') from e
-        for name in numbered(self.out_dir) if self.is_writer else ():
-            if int(name) not in self.steps():
-                print(f'WARNING: {self.folder(name)} was not written by this project, and is left '
-                      'alone')
 
     def _try_to_save(self):
-        """Save, read and delete a few bytes of each process."""
-        count = jax.process_count()
-        devices = [next(d for d in jax.devices() if d.process_index == i) for i in range(count)]
-        mesh, values = Mesh(np.array(devices), ('all',)), np.arange(count, dtype=np.int32)
-        split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (['all'], []))
-        array = jax.make_array_from_callback((count,), split, lambda index: values[index])
+        """Save a few bytes of each process, read them in all, and delete them."""
+        devices = [*{d.process_index: d for d in reversed(jax.devices())}.values()]
+        mesh, values = Mesh(np.array(devices), 'all'), np.arange(len(devices), dtype=np.int32)
+        split, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ('all', None))
+        array = jax.make_array_from_callback(values.shape, split, lambda index: values[index])
         path = join(run_dir.absolute(self.out_dir), TRIAL)
         self._note([TRIAL])
-        self._write(path, {'crc32': 0}, {'params': {'a': array}})
+        self._write(path, {}, {'params': {'a': array}})
         self.orbax.wait_until_finished()
-        restored = restore(path, 'params', {'a': jax.ShapeDtypeStruct(
-            (count,), np.int32, sharding=whole)})['a']
-        if read_json(join(path, 'meta', 'metadata')) != {'crc32': 0} or not np.array_equal(
-                restored.addressable_data(0), values):
+        read = restore(path, 'params', {'a': jax.ShapeDtypeStruct(
+            values.shape, values.dtype, sharding=whole)})['a']
+        if not np.array_equal(read.addressable_data(0), values):
             raise OSError('what is read back is not what was written')
         multihost_utils.sync_global_devices('all have read')
         if self.is_writer:
@@ -395,24 +350,23 @@ class Checkpoints:
         path = join(self.out_dir, UNFINISHED)
         if self.is_writer and names:
             with run_dir.open_file(path, 'w') as f:
-                json.dump([*map(str, names)], f)
+                json.dump(seal({'names': [*map(str, names)]}), f)
         elif self.is_writer:
             run_dir.remove_tree(path)
 
     def _remove_unfinished(self):
         """Delete what a killed save has left."""
-        path = join(self.out_dir, UNFINISHED)
-        if not self.is_writer or not run_dir.exists(path):
+        try:
+            names = read_sealed(join(self.out_dir, UNFINISHED))['names']
+        except FileNotFoundError:
             return
-        with contextlib.suppress(ValueError):  # cut off by a crash
-            complete = [*map(str, self.steps())]
-            for name in map(str, read_json(path)):
-                # the file may come from elsewhere
-                if re.fullmatch(f'{TRIAL}|{ITERATION}', name) and name not in complete:
-                    for suffix in ('', ocp.utils.TMP_DIR_SUFFIX):
-                        left = self.folder(name + suffix)
-                        if run_dir.exists(left) and not os.path.islink(left):
-                            run_dir.remove_tree(left)
+        except BAD_JSON:  # cut off by a crash
+            names = []
+        for name in {*map(str, names)} - {*map(str, self.steps())}:
+            if re.fullmatch(f'{TRIAL}|{ITERATION}', name):  # the file may come from elsewhere
+                for left in (self.folder(name), self.folder(name + ocp.utils.TMP_DIR_SUFFIX)):
+                    if run_dir.exists(left):
+                        run_dir.remove_tree(left)
         self._note([])
 
     def _write(self, path, meta, arrays):
@@ -420,11 +374,13 @@ class Checkpoints:
             meta=ocp.args.JsonSave(meta),
             **{item: ocp.args.PyTreeSave(tree) for item, tree in arrays.items()}))
 
+    @by_process_0
     def check_free(self, iterations):
-        """Raise UserError if something else has the name of an iteration's folder."""
-        mine = self.steps()
-        for name in numbered(self.out_dir):
-            if int(name) in iterations and int(name) not in mine:
+        """Raise UserError if something else has the name of an iteration's folder, from the latest
+        checkpoint on."""
+        first = max(self._intact(), default=0)  # others before it do not matter
+        for name in {*map(int, numbered(self.out_dir))} - {*self.steps()}:
+            if name >= first and name in iterations:
                 raise UserError(f'iteration {name} could not be saved, since {self.folder(name)} '
                                 'was not written by this project: move it, or choose another '
                                 '--out_dir')
@@ -439,11 +395,10 @@ class Checkpoints:
         t0, step = time.perf_counter(), meta['iter_num']
         self._finish()
         arrays = split_items(state)
-        shapes = {item: names_and_shapes(tree) for item, tree in arrays.items()}
         meta = seal(meta | dict(
             val_loss=val_loss,
             checksums={item: checksums_of(tree) for item, tree in arrays.items()},
-            trees={item: fingerprint(found) for item, found in shapes.items()}))
+            shapes={item: shapes_of(tree) for item, tree in arrays.items()}))
         try:
             if self.is_writer:
                 self._make_room(step)
@@ -454,31 +409,34 @@ class Checkpoints:
             raise
         except Exception as e:  # errors of the file system arrive as many types
             raise self._failed(e) from e
-        self.saving = step, self.background.submit(self._complete, step, meta['crc32'], shapes)
+        self.saving = step, self.background.submit(self._complete, step, meta)
         self.blocked, self.saves = self.blocked + time.perf_counter() - t0, self.saves + 1
 
     def _make_room(self, step):
         """Rename damaged checkpoints to damaged-<iter_num>-<time>. Raises UserError if there is
-        another one from `step` on."""
-        for name in [s for s in self.damaged if s in self.steps()]:
+        something else with the name of `step`, or a later checkpoint."""
+        for name in self.damaged.keys() & {*self.steps()}:
             run_dir.replace(self.folder(name),
                             join(self.out_dir, f'damaged-{name}-{time.time_ns()}'))
-        self.check_free([step])
-        if (later := max(self.steps(), default=-1)) >= step:
-            raise UserError(f'{self.out_dir} already has checkpoint {later}, so {step} was not '
-                            'saved: choose another --out_dir')
+        later = [s for s in self.steps() if s > step]
+        if later or run_dir.exists(self.folder(step)):
+            raise UserError(f'{self.folder(max(later, default=step))} is there already, so '
+                            f'iteration {step} was not saved: choose another --out_dir')
 
-    def _complete(self, step, crc32, shapes):
+    def _complete(self, step, meta):
         """In the background: wait for a save, read it back, and delete what is no longer kept."""
         self.orbax.wait_until_finished()
         if not self.is_writer:
             return
-        meta = read_meta(self.folder(step))
-        if not isinstance(meta, dict) or seal(meta)['crc32'] != crc32:
-            raise OSError('meta is not what was written')
-        for item in shapes:
-            if text := difference(saved_shapes(self.folder(step), item), shapes[item]):
-                raise OSError(f'{item} is not what was written: {text}')
+        folder = self.folder(step)
+        found = read_meta(folder)
+        if not isinstance(found, dict) or seal(found)['crc32'] != meta['crc32']:
+            raise OSError('its meta is not what was written')
+        for item, shapes in meta['shapes'].items():
+            saved = shapes_of(ocp.StandardCheckpointHandler().metadata(
+                epath.Path(run_dir.absolute(folder)) / item).tree)
+            if saved != shapes:
+                raise OSError(f'its {item} are not what was written')
         self._delete_old()
 
     # orbax's own policies of retention take every folder with a number for a checkpoint, and delete
@@ -499,10 +457,9 @@ class Checkpoints:
     def record_val_loss(self, step, val_loss, config):
         """Add to a checkpoint a validation loss that was measured later, by a run with `config`."""
         if self.is_writer:
-            folder, how = self.folder(step), measure(config)
-            others = [entry for entry in read_val_losses(folder) if entry[0] != how]
-            with run_dir.open_file(join(folder, VAL_LOSS), 'w') as f:
-                json.dump(seal({'measured': [*others, [how, val_loss]]}), f)
+            measured = read_val_losses(self.folder(step)) | {measure(config): val_loss}
+            with run_dir.open_file(join(self.folder(step), VAL_LOSS), 'w') as f:
+                json.dump(seal({'measured': measured}), f)
 
     def check(self):
         """Raise UserError if the save in the background has failed."""
@@ -517,23 +474,21 @@ class Checkpoints:
             self.orbax.close()
 
     def _finish(self):
-        saving, self.saving = self.saving, None
-        try:
-            if saving:
-                saving[1].result()
-        except Exception as e:
-            self.failed.add(saving[0])
-            raise self._failed(e) from e
+        (step, future), self.saving = self.saving or (None, None), None
+        if future and (error := future.exception()):
+            self.damaged[step] = damaged(self.folder(step), error)
+            raise self._failed(error) from error
 
     def _failed(self, error):
-        return UserError(f'saving to {self.out_dir} failed: {tail(error)}; {self.describe_valid()}')
+        return UserError(f'saving to {self.out_dir} failed: {one_line(error)}; '
+                         + self.describe_valid())
 
     def describe_valid(self):
         """Which checkpoint a failed run can be resumed from, as text; waits for the last save."""
-        if self.saving and self.saving[1].exception():  # check() and close() raise it
-            self.failed.add(self.saving[0])
         with contextlib.suppress(UserError):
-            if valid := self._intact().keys() - self.failed:
+            self._finish()
+        with contextlib.suppress(UserError):
+            if valid := self._intact():
                 return f'checkpoint {max(valid)} is complete and can be resumed from'
         return 'no checkpoint was saved yet'
 
@@ -541,80 +496,67 @@ class Checkpoints:
     # reading
 
     def _intact(self):
-        """{iteration: meta} of those that are not known to be damaged, latest first; warns of new
-        ones that are."""
+        """{iteration: meta} of those that are not known to be damaged; warns of new ones."""
         found = find_checkpoints(self.out_dir)
         for step, meta in found.items():
-            if isinstance(meta, DamagedError) and step not in self.damaged:
+            if isinstance(meta, str) and step not in self.damaged:
                 self._give_up_on(step, meta)
-        return {step: found[step] for step in reversed(found) if step not in self.damaged}
+        return {step: meta for step, meta in found.items() if step not in self.damaged}
 
-    def _give_up_on(self, step, error):
-        self.damaged[step] = error
-        print(f'WARNING: {error}; it is not used')
+    def _give_up_on(self, step, text):
+        self.damaged[step] = text
+        print(f'WARNING: {text}; it is not used')
 
     def _best(self, metas):
         """{what it was measured with: (lowest validation loss, its iteration)}."""
-        best = {}
-        for step, meta in metas.items():
-            for how, val_loss in [[measure(meta['config']), meta['val_loss']],
-                                  *read_val_losses(self.folder(step))]:
-                if val_loss is not None and not np.isnan(val_loss):
-                    found = val_loss, step
-                    best[tuple(how)] = min(best.get(tuple(how), found), found)
-        return best
+        measured = [
+            (how, val_loss, step) for step, meta in metas.items()
+            for how, val_loss in [(measure(meta['config']), meta['val_loss']),
+                                  *read_val_losses(self.folder(step)).items()]
+            if val_loss is not None and not np.isnan(val_loss)]
+        return {how: found for how, *found in sorted(measured, reverse=True)}
 
+    @by_process_0
     def best_val_loss(self, config):
-        """The lowest validation loss that was measured as config measures, else 1e9; on all
-        processes. A line tells if the latest checkpoint was measured otherwise."""
-        return from_process_0(self._best_val_loss, config)
-
-    def _best_val_loss(self, config):
+        """The lowest validation loss that was measured as config measures, else 1e9. A line tells
+        if the latest checkpoint was measured otherwise."""
         metas, how = self._intact(), measure(config)
         alike = [meta['best_val_loss'] for meta in metas.values() if measure(meta['config']) == how]
-        alike += [val_loss for key, (val_loss, _) in self._best(metas).items() if key == tuple(how)]
-        latest = measure(next(iter(metas.values()))['config']) if metas else how
-        if how != latest:
-            changed = ', '.join(name for name, *ab in zip(MEASURE, how, latest) if len({*ab}) > 1)
-            print(f'the latest validation loss was measured with another {changed}: the best '
-                  + ('is that of the checkpoints with this one' if alike else 'starts anew'))
+        alike += [val_loss for other, (val_loss, _) in self._best(metas).items() if other == how]
+        latest = metas[max(metas)]['config'] if metas else config
+        if changed := [name for name in MEASURE if latest.get(name) != config.get(name)]:
+            print(f'the latest validation loss was measured with another {", ".join(changed)}: the '
+                  f'best {"is that of checkpoints with this one" if alike else "starts anew"}')
         return min([*alike, 1e9])
 
     def latest_meta(self):
         """(iteration, meta) of the latest checkpoint whose meta is intact, on all processes; its
         arrays are checked when they are read. Raises UserError if there is none."""
-        return from_process_0(self._choose, 'latest')
+        return self._choose('latest')
 
+    @by_process_0
     def _choose(self, checkpoint):
-        """(iteration, meta) of the first choice for 'latest', 'best', a number or 'auto', among
-        those not known to be damaged.
+        """(iteration, meta) of 'latest', 'best', a number or 'auto', among those not known to be
+        damaged.
 
         auto is the best if the run saved improvements only (as nanoGPT's single file would be),
         else the latest. Raises UserError if there is none.
         """
         metas = self._intact()
-        known = sorted([*metas, *self.damaged])
-        if checkpoint not in ('auto', 'latest', 'best', *map(str, known)):
-            raise UserError(f'no checkpoint {checkpoint!r} in {self.out_dir}: give auto, latest, '
-                            f'best, or one of {known}')
         if checkpoint in map(str, self.damaged):
             raise UserError(f'{self.damaged[int(checkpoint)]}; try --checkpoint=latest')
         if not metas:
-            raise UserError(f'no checkpoint in {self.out_dir} is valid; start again with another '
-                            '--out_dir' if known else
-                            f'no checkpoint in {self.out_dir}: train first, or give another '
+            raise UserError(f'no checkpoint in {self.out_dir} is valid: start again with another '
                             '--out_dir')
-        step = max(metas)
-        settings = metas[step]['config']
-        best = self._best(metas).get(tuple(measure(settings)), (None, None))[1]
-        if checkpoint == 'best' and best is None:
-            raise UserError(f'no checkpoint in {self.out_dir} has a validation loss, so none is '
-                            'the best; use --checkpoint=latest')
-        improvements_only = best is not None and not settings['always_save_checkpoint']
-        if checkpoint == 'best' or checkpoint == 'auto' and improvements_only:
-            step = best
-        elif checkpoint not in ('auto', 'latest'):
-            step = int(checkpoint)
+        latest = max(metas)
+        config = metas[latest]['config']
+        _, best = self._best(metas).get(measure(config), (None, None))
+        choices = {str(step): step for step in metas} | {'latest': latest, 'best': best}
+        choices['auto'] = latest if best is None or config['always_save_checkpoint'] else best
+        step = choices.get(checkpoint)
+        if step is None:
+            raise UserError(f'no checkpoint {checkpoint!r} in {self.out_dir}: give auto, latest, '
+                            f'best (if a validation loss was measured), or one of {[*metas]}')
         return step, metas[step]
 
     def load(self, checkpoint, abstract_of):
@@ -627,53 +569,49 @@ class Checkpoints:
         and for errors that say nothing about what was saved.
         """
         while True:
-            step, meta = from_process_0(self._choose, checkpoint)
-            arrays = self._read(step, meta, split_items(abstract_of(meta)))
-            if not arrays and step in self.damaged and checkpoint not in ('auto', 'latest'):
-                raise UserError(f'{self.damaged[step]}; try --checkpoint=latest')
+            step, meta = self._choose(checkpoint)
+            wanted = split_items(abstract_of(meta))
+            self._check_shapes(wanted, meta.get('shapes', {}))
+            arrays = self._read(step, wanted, meta['checksums'])
             if arrays:
                 state = {'params': arrays['params'], **arrays.get('optimizer', {})}
                 return Loaded(step, meta, state)
+            if checkpoint == 'best' and step in self.damaged:
+                checkpoint = str(step)  # which raises its error: not the second best
+
+    def _check_shapes(self, wanted, saved):
+        """saved: {item: {name: shape}}, empty for old checkpoints."""
+        for item, tree in wanted.items():
+            here = shapes_of(tree)
+            there = saved.get(item, here)
+            if changed := sorted(name for name in here.keys() | there.keys()
+                                 if here.get(name) != there.get(name)):
+                name, other = changed[0], 'model' if item == 'params' else 'optimizer'
+                raise UserError(
+                    f'{self.out_dir} was written by another {other}: the shape of {name} is '
+                    f'{there.get(name)} there and {here.get(name)} here; use the code that wrote '
+                    'it, or start again with another --out_dir')
 
     # orbax's handlers are called without its checkpointer, whose restore() waits for all processes
     # even if one of them has failed
-    def _read(self, step, meta, abstract):
+    def _read(self, step, wanted, checksums):
         """{item: arrays}; None if they are damaged, or if a run beside has replaced them."""
-        folder, arrays, error = self.folder(step), {}, None
+        folder, arrays, text = self.folder(step), {}, ''
         try:
-            for item, tree in abstract.items():
-                self._compare_trees(step, meta, item, tree)
+            for item, tree in wanted.items():
                 arrays[item] = restore(folder, item, tree)
+        except ABOUT_MEMORY:
+            raise
         except Exception as e:  # of many types
-            error = e
-        failures = from_all_processes(describe_failure(folder, error))
-        kind, _, text = max(failures).partition(' ')  # 'stop' outranks 'damaged'
-        if len(failures) > 1:
-            text += f' (in process {failures.index(max(failures))})'
-        if kind == 'stop':
-            raise error if isinstance(error, ABOUT_MEMORY) else UserError(text)
-        if kind == 'damaged':
-            if read_meta(folder):  # else a run beside has deleted it
-                self._give_up_on(step, DamagedError(text))
-            return None
-        if changed := [item for item in arrays
-                       if checksums_of(arrays[item]) != meta['checksums'][item]]:
-            self._give_up_on(step, damaged(folder, ValueError(
-                f'its {" and ".join(changed)} are not what was saved')))
-            return None
-        return arrays
-
-    def _compare_trees(self, step, meta, item, tree):
-        wanted = names_and_shapes(tree)
-        if meta.get('trees', {}).get(item) == fingerprint(wanted):
-            return
-        if text := difference(saved_shapes(self.folder(step), item), wanted):
-            other = 'model' if item == 'params' else 'optimizer'
-            raise UserError(f'{self.out_dir} was written by another {other}: {text}; use the code '
-                            'that wrote it, or start again with another --out_dir')
-
-
-def split_items(state):
-    """A training state as the items of a checkpoint that hold arrays: parameters, and all else."""
-    rest = {k: v for k, v in state.items() if k != 'params'}
-    return {'params': state['params']} | ({'optimizer': rest} if rest else {})
+            if not is_damage(e):
+                raise UserError(f'cannot read {folder}: {one_line(e)}') from e
+            text = damaged(folder, e)
+        text = next(filter(None, gather(text)), '')
+        if not text:
+            changed = [item for item in arrays if checksums_of(arrays[item]) != checksums[item]]
+            if not changed:
+                return arrays
+            text = damaged(folder, ValueError(f'its {changed[0]} are not what was saved'))
+        if read_meta(folder):  # else a run beside has deleted it
+            self._give_up_on(step, text)
+        return None

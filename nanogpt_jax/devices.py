@@ -1,6 +1,6 @@
 """
-The machine that a script runs on: the version of JAX, devices and their peaks, the compilation
-cache, and memory that malloc keeps.
+The machine that a script runs on: the version of JAX, devices and their peaks, memory, and the
+compilation cache.
 """
 
 import contextlib
@@ -24,8 +24,7 @@ from nanogpt_jax.errors import UserError
 # -----------------------------------------------------------------------------
 # versions of JAX
 
-# what requirements_jax.txt allows, and what it excludes with which reason; a test compares them,
-# since packaging, which could read the file, is not among the packages that training needs
+# as in requirements_jax.txt; a test compares them
 OLDEST_JAX, UNTESTED_JAX = (0, 10, 1), (0, 13)
 WRONG_JAX = {
     '0.10.2': 'computes wrong results on CPUs (jax-ml/jax #39103)',
@@ -58,11 +57,10 @@ def warn_about_versions():
 # -----------------------------------------------------------------------------
 # devices
 
-# dense bfloat16 peaks in FLOP/s with float32 sums, by the makers; of float16 where there is no
-# bfloat16 (V100, T4, RTX 20). A name counts if a device's kind has it as whole words, the longest
-# one first
+# dense bfloat16 peaks in FLOP/s with float32 sums, by the makers; float16 where there is no
+# bfloat16 (V100, T4, RTX 20). Names match whole words of a device's kind; the longest match counts
 PEAK_FLOPS = {
-    # NVIDIA's data sheets, which give most figures with sparsity: twice these
+    # NVIDIA's data sheets, most of which print twice the figure, with sparsity
     'v100': 125e12, 't4': 65e12, 'a100': 312e12, 'a800': 312e12, 'a30': 165e12, 'a40': 149.7e12,
     'a10': 125e12, 'a10g': 70e12, 'a2': 18e12, 'l4': 121e12, 'l40': 181e12, 'l40s': 362e12,
     'l20': 119.5e12, 'h100': 989.5e12, 'h100 pcie': 756.5e12, 'h100 nvl': 835e12, 'h800': 989.5e12,
@@ -75,7 +73,7 @@ PEAK_FLOPS = {
     'rtx 3090': 71e12, 'rtx 4070 ti': 80.2e12, 'rtx 4080': 97.5e12, 'rtx 4090': 165.2e12,
     'rtx 5070': 61.7e12, 'rtx 5070 ti': 87.9e12, 'rtx 5080': 112.6e12, 'rtx 5090': 209.5e12,
     'rtx pro 6000 blackwell workstation edition': 503.8e12,
-    # of these NVIDIA gives cores and boost clock: four FLOPs a core and cycle, as the ones above
+    # from NVIDIA's cores and boost clocks: four FLOPs per core and cycle, as for the ones above
     'rtx 3060': 25.5e12, 'rtx 3060 ti': 32.4e12, 'rtx 3070 ti': 43.5e12, 'rtx 3080 ti': 68.2e12,
     'rtx 3090 ti': 80e12, 'rtx 4060': 30.2e12, 'rtx 4060 ti': 44.1e12, 'rtx 4070': 58.3e12,
     'rtx 4070 super': 71e12, 'rtx 4070 ti super': 88.2e12, 'rtx 4080 super': 104.4e12,
@@ -121,9 +119,9 @@ def describe_peak(device, n_devices=1):
 
 @functools.cache
 def matmul_flops(n=1024):
-    """FLOP/s of a float32 matmul (n, n) @ (n, n) on this CPU, which no model reaches as a whole."""
+    """FLOP/s of a float32 matmul (n, n) @ (n, n) on this CPU."""
     a, dot, times = jnp.ones((n, n)), jax.jit(jnp.dot), []
-    for _ in range(6):  # the first one with compilation
+    for _ in range(6):  # the first one compiles
         t0 = time.perf_counter()
         dot(a, a).block_until_ready()
         times.append(time.perf_counter() - t0)
@@ -140,7 +138,7 @@ def select_devices(device='auto'):
     """The devices that --device names: auto, cpu, gpu or cuda, tpu, any other platform that JAX has
     here (rocm, METAL, ...), or one of several as in cuda:1.
 
-    Must be called before JAX is used otherwise. Prints a warning for a version of JAX that
+    Call it before JAX is used otherwise. Prints a warning for a version of JAX that
     requirements_jax.txt excludes. Raises UserError for absent and unknown devices.
     """
     warn_about_versions()
@@ -204,8 +202,8 @@ def compute_dtype(dtype, devices, given=False):
     if dtype == 'bfloat16' and (compute_capability(devices[0]) or 8) < 8:  # older than Ampere
         if not given:
             return 'float16'
-        print(f'WARNING: a {devices[0].device_kind} has no bfloat16, so XLA computes in float32, '
-              'slower and in more memory; use --dtype=float16')
+        print(f'WARNING: a {devices[0].device_kind} has no bfloat16: XLA computes in float32, '
+              'slower and with more memory; use --dtype=float16')
     return dtype
 
 
@@ -244,8 +242,8 @@ def attention_path(attention, compute_type, head_size, device):
 
 def keep_freed_memory():
     """Make glibc keep freed memory for the next step instead of returning it to the kernel."""
-    # XLA's CPU backend takes a step's temporary memory from malloc, which maps, zeroes and unmaps
-    # blocks above 32 MB at every step otherwise
+    # XLA's CPU backend allocates a step's temporary memory by malloc, which otherwise maps, zeroes
+    # and unmaps blocks above 32 MB at every step
     if machine.libc_ver()[0] == 'glibc':
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: never map single blocks
@@ -258,7 +256,7 @@ def program_memory(program, platform):
     m = program.memory_analysis()
     arguments = m.argument_size_in_bytes
     if platform == 'tpu':
-        # what libtpu allocates, and by which it refuses a program; its temp_size_in_bytes is more
+        # what libtpu allocates and limits; its temp_size_in_bytes is more
         return arguments, m.peak_memory_in_bytes - arguments
     return arguments, m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
 
@@ -268,13 +266,11 @@ def enable_compilation_cache():
     # a damaged entry, or a full disk, costs a compilation and nothing else
     warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
     if jax.__version__ == '0.10.1' and jax.default_backend() == 'cpu':
-        # reports each program that it reads as one for another machine (openxla/xla #44565)
+        # warns about every program that it reads (openxla/xla #44565)
         jax.config.update('jax_logging_level', 'CRITICAL')
     if jax.config.jax_compilation_cache_dir:
         return
-    home = os.environ.get('XDG_CACHE_HOME', '')
-    if not os.path.isabs(home):  # the XDG standard says to ignore relative paths
-        home = os.path.join(os.path.expanduser('~'), '.cache')
+    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     folder = os.path.join(home, 'nanogpt-jax', cpu_key())
     try:
         os.makedirs(folder, exist_ok=True)

@@ -25,8 +25,8 @@ from nanogpt_jax.errors import UserError
 # -----------------------------------------------------------------------------
 # launchers
 
-# variables with the index of a process and the number of processes: set by hand, by torchrun (which
-# SLURM may have started), by SLURM and by Open MPI
+# variables with the index of a process and the number of processes; torchrun comes before SLURM,
+# which may have started it
 BY_HAND = ('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES')
 TORCHRUN = ('RANK', 'WORLD_SIZE')
 LAUNCHERS = (BY_HAND, TORCHRUN, ('SLURM_PROCID', 'SLURM_STEP_NUM_TASKS'),
@@ -76,25 +76,25 @@ def torchrun_arguments():
         raise UserError(f'with RANK and WORLD_SIZE, MASTER_ADDR (here {host!r}) and MASTER_PORT '
                         f'(here {port!r}) must name the host of the process with RANK=0 and a '
                         'port: start with torchrun, or see "Several processes" in JAX_README.md')
-    # torchrun itself listens at MASTER_PORT. Every process must derive the same other port: one
-    # below those that Linux gives to outgoing connections, any of which may be taken
+    # torchrun itself listens on MASTER_PORT, so every process derives the same other port from it,
+    # below the range that Linux uses for outgoing connections
     other = os.environ.get('JAX_COORDINATOR_PORT') or 20000 + (int(port) + 5000) % 10000
-    # as in PyTorch, a GPU for each; a process that is alone on its machine takes all
+    # as in PyTorch, one GPU per process; a process alone on its machine takes all
     one_each = local_rank.isdecimal() and local_size != '1'
     return dict(coordinator_address=f'{host}:{other}', cluster_detection_method='deactivate',
                 local_device_ids=[int(local_rank)] if one_each else None)
 
 
 def check_port(address):
-    """Raise UserError if something else listens at the port of process 0's own address."""
-    # JAX would listen there too if it is another run's coordinator, and take its processes for ours
+    """Raise UserError if something else listens on the port of process 0's own address."""
+    # JAX can share the port with another run's coordinator, and would then mix the two runs
     port = int(address.rpartition(':')[2])
     try:
         socket.create_server(('', port)).close()
     except (OSError, OverflowError) as e:
-        raise UserError(f'process 0 cannot listen at port {port}, where the others look for it '
-                        f'({e}): give all of them another one, in JAX_COORDINATOR_ADDRESS or, with '
-                        'torchrun, in JAX_COORDINATOR_PORT') from e
+        raise UserError(f'process 0 cannot listen on port {port} ({e}): give all processes another '
+                        'one, in JAX_COORDINATOR_ADDRESS or, with torchrun, in '
+                        'JAX_COORDINATOR_PORT') from e
 
 
 # -----------------------------------------------------------------------------
@@ -102,8 +102,7 @@ def check_port(address):
 
 def has_tpu(device):
     """Whether --device=`device` lets JAX use a TPU that this machine has."""
-    # not /dev/vfio/vfio, a control node, nor /dev/accel, a folder with other accelerators: machines
-    # without a TPU have them too
+    # machines without a TPU may have /dev/vfio/vfio and /dev/accel too
     chips = glob.glob('/dev/accel[0-9]*') + glob.glob('/dev/vfio/[0-9]*')
     return bool(device in ('auto', 'tpu') and chips and importlib.util.find_spec('libtpu'))
 
@@ -114,19 +113,14 @@ def has_tpu_workers():
     Reads what jax.distributed.initialize reads in JAX's cloud_tpu_cluster.py. That function itself
     fails on a TPU alone, or waits for a host that is not there (Colab, Kaggle).
     """
-    def n_slices(text):
-        return int(text) if text and text.isdecimal() else 1
-    if n_slices(os.environ.get('MEGASCALE_NUM_SLICES')) > 1:
+    if os.environ.get('MEGASCALE_NUM_SLICES', '1') not in ('', '1'):
         return True
-    workers = worker_hostnames()
-    if workers is not None:
-        return len(workers.split(',')) > 1
+    if (workers := worker_hostnames()) is not None:
+        return ',' in workers
     if 'TPU_SKIP_MDS_QUERY' in os.environ:
         return False
-    if len(gce_metadata('worker-network-endpoints').split(',')) > 1:
-        return True
     slices = re.search(r"^MEGASCALE_NUM_SLICES: *'?(\d+)", gce_metadata('tpu-env'), re.M)
-    return slices is not None and n_slices(slices[1]) > 1
+    return bool(slices and slices[1] != '1') or ',' in gce_metadata('worker-network-endpoints')
 
 
 def worker_hostnames():
@@ -139,7 +133,7 @@ def worker_hostnames():
 
 def gce_metadata(key):
     """An attribute of this machine from Google's metadata server; '' where there is none."""
-    # by its number, since looking up its name may take long where it does not exist
+    # by its number: outside Google's cloud, looking up its name may take long
     host = os.environ.get('GCE_METADATA_IP', '169.254.169.254')
     request = urllib.request.Request(
         f'http://{host}/computeMetadata/v1/instance/attributes/{key}',
@@ -156,12 +150,12 @@ def gce_metadata(key):
 # connecting
 
 def start_processes(device, heartbeat_timeout):
-    """Connect the processes that a launcher has started, by jax.distributed; nothing for one alone.
+    """Connect the processes that a launcher has started, by jax.distributed; does nothing for one.
 
-    JAX itself finds SLURM, Open MPI and Cloud TPU. heartbeat_timeout: seconds without a sign of
-    life after which a process counts as dead, which ends the others. Returns the index of this
-    process. Raises UserError if a launcher's variable is missing, if JAX is in use already, and for
-    a timeout below one second; ends the process if not all have come in that time.
+    JAX itself finds SLURM, Open MPI and Cloud TPU. heartbeat_timeout: declare a process dead after
+    this many seconds without a heartbeat, which ends the others. Returns the index of this process.
+    Raises UserError if a launcher's variable is missing, if JAX is in use already, and for a
+    timeout below one second. Ends the process if some do not connect in that time.
     """
     if heartbeat_timeout < 1:
         raise UserError(f'heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second')
@@ -175,19 +169,19 @@ def start_processes(device, heartbeat_timeout):
         if rank == 0:
             check_port(address)
     print(f'waiting for {processes}', flush=True)
-    # its handler of SIGTERM would keep a run from being ended until training begins
+    # its handler of SIGTERM would ignore the signal until training begins
     jax.config.update('jax_enable_preemption_service', False)
     try:
         with one_line_timeout(heartbeat_timeout, rank, processes):
-            # waits longer than that, since it ends with SIGABRT and a stack of C++ calls
+            # a longer timeout, since JAX's own ends with SIGABRT and a stack of C++ calls
             jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_timeout,
                                        initialization_timeout=heartbeat_timeout + 60)
     except RuntimeError as e:
         if 'must be called before' not in str(e):
             raise
-        raise UserError('several processes must be connected before JAX is used, and this one has '
-                        'used it already: start the script as a process of its own, not inside a '
-                        'notebook') from e
+        raise UserError('several processes must be connected before JAX is used, and here it is '
+                        'in use: start the script as a process of its own, not inside a notebook'
+                        ) from e
     rank = rank if launcher else jax.process_index()
     errors.process_label = f' in process {rank}'
     silence_other_processes(rank)
@@ -195,7 +189,7 @@ def start_processes(device, heartbeat_timeout):
 
 
 def launcher_arguments(launcher, rank, count, on_tpu):
-    """The arguments of jax.distributed.initialize that JAX does not find by itself."""
+    """The arguments of jax.distributed.initialize, as far as JAX does not find them itself."""
     if launcher not in (BY_HAND, TORCHRUN):
         return {}
     arguments = by_hand_arguments() if launcher == BY_HAND else torchrun_arguments()
@@ -206,11 +200,11 @@ def launcher_arguments(launcher, rank, count, on_tpu):
 
 @contextlib.contextmanager
 def one_line_timeout(seconds, rank, processes):
-    """A context that prints one line and ends the process if it takes longer; Ctrl-C ends it at
-    once."""
+    """A context that prints one line and ends the process after this many seconds; Ctrl-C ends it
+    at once."""
     def give_up():
         print(f'error in process {rank}: waited {seconds} s (--heartbeat_timeout) for {processes}, '
-              'and not all came: see what the others print, and whether all can reach that address',
+              'and some did not connect: see what they print, and whether all reach that address',
               file=sys.stderr, flush=True)
         os._exit(1)
     timer = threading.Timer(seconds, give_up)
@@ -236,8 +230,7 @@ def silence_other_processes(rank):
 
 
 class RobustStream:
-    """A text stream that discards what is written after its reader has closed the pipe, or its
-    terminal is gone.
+    """A text stream that discards what is written once its pipe or terminal is closed.
 
     A tee that dies of the same Ctrl-C must not end a run before its checkpoint is saved.
     """
@@ -264,11 +257,10 @@ class RobustStream:
 
 
 def open_closed_streams():
-    """Open /dev/null for each standard stream that was closed at the start, which Python sets to
-    None."""
+    """Open /dev/null for each standard stream that is None since it was closed at the start."""
     for name in ('stdin', 'stdout', 'stderr'):
         if getattr(sys, name) is None:
-            # gets the lowest free file descriptor, the stream's own, so that no other file can
+            # takes the stream's file descriptor, the lowest free one, before another file does
             stream = open(os.devnull, 'r' if name == 'stdin' else 'w', encoding='utf-8')
             setattr(sys, name, stream)
             setattr(sys, f'__{name}__', stream)
@@ -280,8 +272,7 @@ def owns_stdout():
 
 
 def keep_stdout_open():
-    """Make printing survive a closed pipe, and print each line at once, to a pipe or a file too;
-    of several processes only the first prints."""
+    """Make printing survive a closed pipe, and flush each line; only process 0 prints."""
     open_closed_streams()
     silence_other_processes(process_rank()[0])
     if owns_stdout():

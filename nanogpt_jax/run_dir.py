@@ -4,7 +4,6 @@ metrics.jsonl. Buckets are reached by etils.epath, as Orbax reaches them.
 """
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -31,10 +30,6 @@ def is_remote(path):
     return '://' in os.fspath(path)
 
 
-def scheme(path):
-    return path.partition('://')[0] if is_remote(path) else None
-
-
 def join(folder, *names):
     # not os.path.join, which is another one on Windows
     return '/'.join((folder.rstrip('/'), *names)) if is_remote(folder) else os.path.join(
@@ -50,41 +45,39 @@ def data_dir_of(dataset):
     return dataset.rstrip('/') if is_remote(dataset) else os.path.join('data', dataset)
 
 
-def filesystem(path):
-    """(fsspec's file system, the path's name there) of a path in a bucket.
-
-    Raises UserError for another kind of URL, and if a package is missing.
-    """
-    kind, _, name = path.partition('://')
-    if kind not in PACKAGES or not name.split('/')[0]:
-        raise UserError(f'cannot use {path}: give a path on this machine, or gs://BUCKET/NAME or '
-                        's3://BUCKET/NAME')
-    import fsspec  # slow, and not needed for folders
-    # others write to the bucket too, Orbax's driver among them, so a list of what it has gets old
-    fsspec.config.conf.setdefault(kind, {}).setdefault('use_listings_cache', False)
-    try:
-        return fsspec.core.url_to_fs(path)
-    except ImportError as e:
-        raise UserError(f'{path} needs the package {PACKAGES[kind]}: '
-                        f'pip install {PACKAGES[kind]}') from e
-
-
 @contextlib.contextmanager
 def reached(path):
     """The epath.Path of a path, for a with block. In a bucket, its errors become UserErrors; but
-    for FileNotFoundError."""
+    for FileNotFoundError. Raises UserError for another kind of URL, and if a package is missing."""
     if not is_remote(path):
         yield epath.Path(path)
         return
-    filesystem(path)
+    scheme, _, name = path.partition('://')
+    if scheme not in PACKAGES or not name.split('/')[0]:
+        raise UserError(f'cannot use {path}: give a path on this machine, or gs://BUCKET/NAME or '
+                        's3://BUCKET/NAME')
     try:
+        import fsspec  # slow, and not needed for folders
+        # others write to the bucket too, Orbax's driver among them, so a list of what it has gets
+        # old
+        fsspec.config.conf.setdefault(scheme, {}).setdefault('use_listings_cache', False)
+        fsspec.filesystem(scheme)
         yield epath.Path(path)
     except (FileNotFoundError, UserError):
         raise
+    except ImportError as e:
+        raise UserError(f'{path} needs the package {PACKAGES[scheme]}: '
+                        f'pip install {PACKAGES[scheme]}') from e
     except Exception as e:  # of the network, of the bucket's owner, of credentials: many types
         raise UserError(f'cannot reach {path} ({type(e).__name__}: {" ".join(str(e).split())[:200]}'
                         '): check its name, the network, and the credentials of this machine '
-                        f'({CREDENTIALS[scheme(path)]})') from e
+                        f'({CREDENTIALS[scheme]})') from e
+
+
+def fsspec_of(path):
+    """(fsspec's file system, the path's name there) of a path in a bucket, in a reached() block."""
+    import fsspec
+    return fsspec.core.url_to_fs(path)
 
 
 def exists(path):
@@ -129,7 +122,7 @@ def open_file(path, mode='r', errors=None):
             yield f
         return
     with reached(path):
-        fs, name = filesystem(path)
+        fs, name = fsspec_of(path)
         with fs.open(name, mode, **kwargs) as f:
             yield f
 
@@ -138,10 +131,11 @@ def open_file(path, mode='r', errors=None):
 # reading parts of large files
 
 def file_size(path):
-    """Bytes of a file, None if there is no such file. In a bucket: cached."""
+    """Bytes of a file, None if there is no such file."""
     try:
         if is_remote(path):
-            return remote_size(path)
+            with reached(path) as p:
+                return p.stat().length
         found = os.stat(path)
         return found.st_size if stat.S_ISREG(found.st_mode) else None
     except (FileNotFoundError, NotADirectoryError):
@@ -154,22 +148,15 @@ def file_version(path):
     """What differs once a file is changed or gone; None in a bucket, where it costs a request."""
     if is_remote(path) or not os.path.exists(path):
         return None
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
-
-
-@functools.cache  # it is asked for with every batch
-def remote_size(path):
-    with reached(path):
-        fs, name = filesystem(path)
-        return fs.size(name)
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 def read_ranges(path, starts, n_bytes):
     """n_bytes from each start on, one after the other, fewer at the end of the file: bytes."""
     if is_remote(path):
         with reached(path):
-            fs, name = filesystem(path)  # cat_ranges reads all at the same time
+            fs, name = fsspec_of(path)  # cat_ranges reads all at the same time
             return b''.join(fs.cat_ranges([name] * len(starts), starts,
                                           [start + n_bytes for start in starts], on_error='raise'))
     # read() instead of a memory map: a new map per batch costs more in page faults than reading,
@@ -193,25 +180,20 @@ def check_out_dir(out_dir, must_exist):
     """Raise UserError for an out_dir that cannot be one, or does not exist though it must."""
     if not out_dir:
         raise UserError('out_dir is empty: give a folder, as in --out_dir=out_jax')
-    if is_remote(out_dir) and scheme(out_dir) != 'gs':
+    path = os.fspath(absolute(out_dir))
+    if is_remote(path) and not path.startswith('gs://'):
         raise UserError(f'cannot use {out_dir} as out_dir: Orbax keeps checkpoints in folders and '
                         'in gs:// only; give a folder, and copy it when the run has ended')
-    if os.sep == '/' and '\\' in absolute(out_dir):
-        raise UserError(f'cannot use {absolute(out_dir)} as out_dir: TensorStore, which writes the '
-                        r'arrays, reads the \ in it as /; give a folder without one')
-    try:
-        str(absolute(out_dir)).encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f'cannot use {absolute(out_dir)} as out_dir: its name is not UTF-8; give '
-                        'another --out_dir') from e
+    # TensorStore, which writes the arrays, reads \ as /
+    if path.encode(errors='replace').decode() != path or os.sep == '/' and '\\' in path:
+        raise UserError(f'cannot use {path} as out_dir: arrays cannot be written to a folder whose '
+                        r'name has a \ or is not UTF-8; give another --out_dir')
     if is_dir(out_dir):
         return
-    if os.path.islink(out_dir):
-        raise UserError(f'cannot use {out_dir} as out_dir: it is a link to {os.readlink(out_dir)}, '
-                        'which is not a folder; create that, or give another --out_dir')
-    if exists(out_dir):
-        raise UserError(f'cannot use {out_dir} as out_dir, since it is a file and not a folder: '
-                        'give another --out_dir')
+    if os.path.islink(out_dir) or exists(out_dir):
+        what = f'a link to {os.readlink(out_dir)}' if os.path.islink(out_dir) else 'a file'
+        raise UserError(f'cannot use {out_dir} as out_dir: it is {what}, and not a folder; give '
+                        'another --out_dir')
     if must_exist:
         raise UserError(f'{out_dir} does not exist, so there is no checkpoint: train first, '
                         'or give another --out_dir')
@@ -233,26 +215,28 @@ def hold_out_dir(out_dir, resume=False):
         os.makedirs(out_dir, exist_ok=True)
         lock = open(join(out_dir, LOCK), 'a+', encoding='utf-8')
         held.append(lock)
-        lock_file(lock, out_dir)
+        if not is_locked(lock):
+            lock.seek(0)
+            raise UserError(f'another run is writing to {out_dir}: '
+                            f'{lock.read() or "another process"}. Wait for it or stop it, or '
+                            'choose another --out_dir')
         lock.truncate(0)
         print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, end='', flush=True)
     except OSError as e:
         raise UserError(f'cannot write to {out_dir}: {e}; choose another --out_dir') from e
 
 
-def lock_file(lock, out_dir):
-    """Raises UserError if another process has it locked."""
+def is_locked(lock):
+    """Lock a file; False if another process has it locked."""
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        lock.seek(0)
-        owner = lock.read() or 'another process'
-        raise UserError(f'another run is writing to {out_dir}: {owner}. Wait for it or stop it, or '
-                        'choose another --out_dir') from e
+    except BlockingIOError:
+        return False
     except OSError as e:  # a file system without locks
-        print(f'WARNING: {out_dir} cannot be locked ({e}): make sure that no other run writes to '
-              'it')
+        print(f'WARNING: {lock.name} cannot be locked ({e}): make sure that no other run writes '
+              'there')
+    return True
 
 
 def release_out_dir():
@@ -333,21 +317,18 @@ def read_metrics(path):
 
     Skips lines that a crash has cut off. An empty list if an out_dir has no such file.
     """
-    is_folder = is_dir(path)
+    is_folder, found = is_dir(path), []
     try:
-        with open_file(join(path, METRICS) if is_folder else path, errors='replace') as f:
+        with open_file(join(path, METRICS) if is_folder else path, 'rb') as f:
             lines = f.readlines()
     except FileNotFoundError:
         if not is_folder:
             raise
         return []
-    found = []
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if (isinstance(values, dict) and isinstance(values.get('iter'), int)
-                and abs(values['iter']) < 2 ** 63):
-            found.append(values)
+            if (isinstance(values, dict) and isinstance(values.get('iter'), int)
+                    and abs(values['iter']) < 2 ** 63):
+                found.append(values)
     return found

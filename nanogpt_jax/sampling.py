@@ -1,7 +1,7 @@
 """
-Sampling: the key/value cache, the decoding loops over the model's forward pass, inside one compiled
-function each, and text as its tokens come. Within block_size only the new token is computed; past
-it nanoGPT's window slides, every position changes, and each token computes a full window.
+Sampling: the key/value cache, the decoding loops over the model's forward pass, one compiled
+function each, and text as its tokens come. Within block_size only the new token is computed. Past
+it nanoGPT's window slides, every position changes, and each token costs a full window.
 """
 
 import codecs
@@ -24,9 +24,9 @@ MIN_BUCKET = 64  # tokens; prompts and the cache are padded to 64, 128, ... up t
 # the next token
 
 def filter_logits(logits, temperature, top_k=None, top_p=1.0):
-    """Logits of the distribution that is sampled from: float32 (..., V), -inf for excluded tokens.
+    """Logits to sample from: float32 (..., V), -inf for excluded tokens.
 
-    Divides by temperature, keeps the top_k largest, and of these the most likely that together
+    Divides by temperature, keeps the top_k largest, and of these the most likely ones that together
     reach the probability top_p.
     """
     logits = logits.astype(jnp.float32) / temperature
@@ -50,7 +50,7 @@ class Sampler:
     temperature: float = 1.0  # 0: the most likely token
     top_k: int | None = field(default=None, metadata={'static': True})
     top_p: float = field(default=1.0, metadata={'static': True})
-    n_vocab: int | None = None  # ids from here on are padding, never sampled
+    n_vocab: int | None = None  # ids from here on are padding and never sampled
     keys: Any = None  # a jax.random key for each sequence, (B,)
 
     def draw(self, logits, t):
@@ -64,7 +64,7 @@ class Sampler:
 
 
 # -----------------------------------------------------------------------------
-# what blocks attend with
+# the cache
 
 class Cache:
     """Keys and values of one block, (B, nh, L, hs) each; those before position start are known."""
@@ -105,8 +105,8 @@ def forward_with_cache(model, idx, start, cache):
 def write_cache(cache, new, start):
     """cache (B, nh, L, hs) with new (B, nh, T, hs) at the positions from start on."""
     def on_tpu(cache, new):
-        # L last in memory: otherwise the compiler pads the cache, and copies it in every call, and
-        # a token of ten samples takes three times as long
+        # L last in memory: otherwise the compiler pads the cache and copies it in every call, which
+        # makes ten samples three times as slow
         B, nh, L, hs = cache.shape
         cache, new = (a.swapaxes(2, 3).reshape(-1, a.shape[2]) for a in (cache, new))
         cache = jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=1)
@@ -177,7 +177,7 @@ def stream_tokens(model, idx, max_new_tokens, sampler, key=None, chunk=None, fir
 
     Past block_size the model sees the last block_size tokens. Dropout is off. key: a jax.random
     key, needed unless the most likely token is taken; sequence b samples with a key folded from it
-    and first + b, whatever B is. Raises UserError for settings that cannot be sampled with.
+    and first + b, whatever B is. Raises UserError for impossible settings.
     """
     check_sampling_settings(max_new_tokens, sampler)
     check_sampling_memory(model.config, *idx.shape, max_new_tokens)
@@ -222,7 +222,7 @@ def filled_cache(graphdef, params, tokens, t, end):
 
 
 def check_sampling_settings(max_new_tokens, sampler):
-    """Raise UserError for settings that cannot be sampled with."""
+    """Raise UserError for impossible settings."""
     temperature, top_k, top_p = sampler.temperature, sampler.top_k, sampler.top_p
     if not 0 <= max_new_tokens < 2 ** 31:
         raise UserError(f'max_new_tokens is {max_new_tokens}; it must be at least 0 and below '
@@ -238,9 +238,9 @@ def check_sampling_settings(max_new_tokens, sampler):
 
 
 def check_sampling_memory(config, B, T, max_new_tokens):
-    """Raise UserError if B sequences, T tokens each and their continuation, exceed the memory."""
-    # ids in a buffer of up to twice the length, on the device and on the host; keys and values in
-    # the cache, of two bytes at least
+    """Raise UserError if B sequences of T tokens and their continuation exceed the memory."""
+    # ids in buffers of up to twice the length, on the device and the host; keys and values of at
+    # least two bytes in the cache
     cached = min(config.block_size, T + max_new_tokens) * config.n_layer * 2 * config.n_embd * 2
     check_memory(B * (16 * (T + max_new_tokens) + cached),
                  f'{B} samples of {max_new_tokens} new tokens',
@@ -251,7 +251,7 @@ def sampling_weights(model):
     """(graphdef with dropout off, parameters with the kernels in the compute dtype, head).
 
     In 16 bits each token then reads half the bytes. head: the output layer's matrix (C, V) in
-    16 bits; None in float32, where it is the model's. The given model does not change.
+    16 bits; None in float32, for the model's own. The given model does not change.
     """
     model = nnx.merge(*nnx.split(model))
     model.eval()
@@ -260,8 +260,8 @@ def sampling_weights(model):
 
     def convert(path, p):
         return p.astype(dtype) if path[-1].key == 'kernel' else p
-    # a copy: the embeddings of tokens are summed in float32. Converted inside the loop, or in
-    # another layout, it would be read or copied in full for every token, or for every call
+    # a copy, since the embeddings are summed in float32. Converted inside the loop, or in another
+    # layout, the matrix would be copied in full for every token or every call
     head = None if dtype == 'float32' else model.head_kernel().astype(dtype)
     return graphdef, jax.tree_util.tree_map_with_path(convert, nnx.to_pure_dict(params)), head
 
@@ -273,8 +273,8 @@ class Continuation:
     """The text of one sample, built from its tokens as they come.
 
     decode: token ids to UTF-8 bytes, which may end inside a character. stop: the sample ends before
-    this text; '' for no such text. text: all text so far. ended: whether stop was found.
-    n_tokens: number of tokens until then.
+    this text; '' for none. text: all text so far. ended: whether stop was found. n_tokens: number
+    of tokens until then.
     """
 
     def __init__(self, decode, stop=''):
@@ -298,5 +298,5 @@ class Continuation:
         return new
 
     def close(self):
-        """Return the text that was held back, now that no more tokens come."""
+        """Return the text that was held back; no more tokens come."""
         return self.add([], final=True)

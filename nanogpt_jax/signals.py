@@ -11,11 +11,11 @@ from jax._src.distributed import global_state  # no public name; Orbax uses it t
 
 class StopRequest:
     """Remembers the first SIGINT (Ctrl-C), SIGTERM or SIGHUP (the terminal was closed) of any
-    process, so that all of them end at the same step; process 0 says so at once.
+    process, so that all of them end at the same step; process 0 announces it at once.
 
     A second SIGINT or SIGTERM ends its process at once. SIGHUP never does, since a shell that ends
-    sends it twice, and is left alone if the process was started to ignore it, as by nohup. A
-    context manager: it restores the handlers.
+    sends it twice, and is ignored if the process was started so, as by nohup. A context manager: it
+    restores the handlers.
     """
 
     def __init__(self):
@@ -25,8 +25,8 @@ class StopRequest:
         signals = [signal.SIGINT, signal.SIGTERM]
         if self.hangup and signal.getsignal(self.hangup) != signal.SIG_IGN:
             signals.append(self.hangup)
-        # Python runs its handlers between instructions of the main thread, which may be waiting for
-        # a device. The numbers of the signals are written to this pipe at once
+        # Python's handlers run in the main thread, which may be waiting for a device; the signals'
+        # numbers arrive in this pipe at once
         self.read_end, self.write_end = os.pipe()
         os.set_blocking(self.write_end, False)
         self.handlers = {signum: signal.signal(signum, self._remember) for signum in signals}
@@ -87,10 +87,10 @@ def announce(signum):
 class Agreement:
     """How the processes of jax.distributed choose the call of reached() at which all of them stop.
 
-    The request is a key in the coordinator's store. A thread of each process waits for it, holds
+    The request is a key in the coordinator's store. A thread of each process waits for it, blocks
     further calls of reached(), and publishes how many were answered. All stop at the first call
-    that none of them has answered. JAX's preemption service does the same, for SIGTERM only, which
-    it takes from Python, and a second late.
+    that none of them has answered. JAX's preemption service does this for SIGTERM only, and a
+    second late.
     """
 
     def __init__(self):
@@ -107,7 +107,7 @@ class Agreement:
             return False
 
     def request(self, signum):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody has asked already
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has asked
             global_state.client.key_value_set('stop', str(int(signum)))
 
     def close(self):

@@ -15,7 +15,6 @@ from nanogpt_jax import run_dir
 from nanogpt_jax.errors import UserError, optional_import
 
 
-LARGEST_PROMPT = 2 ** 24  # characters
 MOST_TOKENS = 2 ** 16  # token ids are uint16 in train.bin, as nanoGPT's
 END_OF_TEXT = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>')  # GPT-2's name, and others
 
@@ -42,8 +41,10 @@ def load_vocabulary(data_dir):
     Raises UserError if its tokenizer.json or meta.pkl cannot be used.
     """
     path = find_vocabulary(data_dir)
-    if not path or path.endswith('.pkl'):
-        return load_meta(data_dir)
+    if not path:
+        return None, None
+    if path.endswith('.pkl'):
+        return load_meta(path)
     text = read_tokenizer(path)
     return make_tokenizer(text, path)[1], text
 
@@ -55,23 +56,19 @@ def read_errors(path, hint):
         yield
     except UserError:
         raise
-    except MemoryError as e:
-        raise UserError(f'not enough memory to use {path}') from e
     except Exception as e:
         reason = ' '.join(str(e).split())[:300]
         raise UserError(f'cannot use {path} ({type(e).__name__}: {reason}); {hint}') from e
 
 
 def read_bytes(path):
-    if run_dir.file_size(path) is None:  # reading a FIFO would wait for ever
-        raise OSError('it is not a file')
     with run_dir.open_file(path, 'rb') as f:
         return f.read()
 
 
-# Python's own unpickler: C's allocates memory for whatever index a pickle names
+# Python's own unpickler: a few bytes make the one in C allocate gigabytes
 class PlainUnpickler(pickle._Unpickler):
-    """Reads plain dicts, lists, strings and numbers; a pickle that names anything else is refused,
+    """Reads plain dicts, lists, strings and numbers. Refuses a pickle that names anything else,
     since loading it would run code."""
 
     def find_class(self, module, name):
@@ -79,15 +76,11 @@ class PlainUnpickler(pickle._Unpickler):
                                      'only plain Python data is allowed')
 
 
-def load_meta(data_dir):
-    """Read a data set's meta.pkl: (vocab_size, characters in the order of their ids).
+def load_meta(path):
+    """Read a meta.pkl: (vocab_size, list of characters by id, which may be shorter).
 
-    The list may be shorter than vocab_size. (None, None) if there is no such file: the ids are
-    GPT-2's BPE. Raises UserError if the file cannot be used.
+    Raises UserError if the file cannot be used.
     """
-    path = run_dir.join(data_dir, 'meta.pkl')
-    if not run_dir.exists(path):
-        return None, None
     with read_errors(path, 'make it again with the prepare.py beside it'):
         meta = PlainUnpickler(io.BytesIO(read_bytes(path))).load()
         itos = meta.get('itos', {})
@@ -107,7 +100,7 @@ A_TOKENIZER = "it must be a tokenizer.json of Hugging Face's tokenizers"
 
 
 def read_tokenizer(path):
-    """The JSON of a tokenizer.json, without white space. Raises UserError if it is none."""
+    """The JSON of a tokenizer.json, without white space. Raises UserError if it is not JSON."""
     with read_errors(path, A_TOKENIZER):
         return json.dumps(json.loads(read_bytes(path)), ensure_ascii=False, separators=(',', ':'))
 
@@ -163,7 +156,7 @@ def stream_decoder(tokenizer, prompt):
         nonlocal stream
         try:
             return stream.step(tokenizer, token) or ''
-        except Exception:  # a byte-fallback tokenizer, after bytes that are no UTF-8
+        except Exception:  # a byte-fallback tokenizer, after bytes that are not UTF-8
             stream = DecodeStream(skip_special_tokens=False)
             return '\ufffd' + (stream.step(tokenizer, token) or '')
 
@@ -282,9 +275,7 @@ def gpt2_encoding():
     tiktoken = optional_import('tiktoken')
     try:
         return tiktoken.get_encoding('gpt2')
-    except MemoryError as e:
-        raise UserError('not enough memory for the GPT-2 tokenizer') from e
-    except Exception as e:  # no network, or files that are not what tiktoken expects: many types
+    except Exception as e:  # of many types: no network, or files that tiktoken cannot use
         raise UserError('the GPT-2 tokenizer is neither cached nor reachable '
                         f'({type(e).__name__}): connect once so that its files can be downloaded, '
                         'or set TIKTOKEN_CACHE_DIR to a folder that has them') from e
@@ -295,13 +286,9 @@ def read_prompt(start):
     if start.startswith('FILE:'):
         try:
             with open(start[5:], encoding='utf-8') as f:
-                text = f.read(LARGEST_PROMPT)
+                start = f.read()
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f'cannot read the prompt file {start[5:]}: {e}') from e
-        if len(text) == LARGEST_PROMPT:
-            raise UserError(f'the prompt file {start[5:]} has {LARGEST_PROMPT:,} characters or '
-                            'more; a model sees the last block_size tokens only: give the end')
-        start = text
     if not start:
         raise UserError('the prompt is empty; give at least one character with --start')
     return start

@@ -48,7 +48,6 @@ def test_values_take_the_type_of_the_default_and_what_was_set_is_given():
     ('--batch_size=True', ['batch_size expects int, got True (bool)']),
     ('--learning_rate=fast', ["learning_rate expects float, got 'fast' (str)"]),
     ('--learning_rate=1e400', ['learning_rate is inf: nan and inf are not allowed']),
-    (f'--batch_size={2 ** 63}', ['batch_size must fit 64 bits']),
     ('--batch_size=' + '(' * 9999, ["got '(((", '...']),
     ('--batch_size', ['--key=value']),
     ('-b=3', ['-b=3', '--key=value']),
@@ -75,20 +74,19 @@ def settings_by_script():
 
 def test_help_is_the_docstring_and_the_settings_with_their_comments(monkeypatch, capsys):
     for path in settings_by_script():
-        script = {'__doc__': None, '__file__': path}  # python -OO has dropped it
+        script = {'__doc__': '\nTrain a GPT', '__file__': path}
         with pytest.raises(SystemExit) as e:
             configure(script, ['--help'])
         printed = capsys.readouterr().out
-        assert not e.value.code and 'import' not in printed
+        assert not e.value.code and printed.startswith('Train a GPT\n')
+        assert 'import' not in printed
         assert '\n\nEvery setting below is a flag, --key=value:\n\n' in printed
-    script = {'__doc__': None, '__file__': os.path.join(ROOT, 'train_jax.py')}
     # sample_jax.py prints to standard error: its help stays on standard output
     monkeypatch.setattr(sys, '__stdout__', io.StringIO())
     monkeypatch.setattr(sys, 'stdout', sys.stderr)
     with pytest.raises(SystemExit):
         configure(script, ['--help'])
-    printed = sys.__stdout__.getvalue()
-    assert printed.startswith('Train a GPT on every device') and 'batch_size = 12 #' in printed
+    assert sys.__stdout__.getvalue() == printed
 
 
 def test_no_setting_of_one_script_is_nearly_one_of_another():
@@ -156,11 +154,9 @@ def test_a_character_that_the_terminal_lacks_is_printed_as_a_question_mark(tmp_p
     ('batch_size = "3"', ["batch_size expects int, got '3' (str)"]),
     ('a = 1\nb = a +', ['line 2', 'SyntaxError']),
     ('a = 1\n\nb = c', ['line 3', 'NameError', "'c'"]),
-    ('a = 1\nraise SystemExit', ['line 2', 'SystemExit']),
     ('del batch_size', ['batch_size expects int, got None']),
     ('learning_rate = 1e400', ['learning_rate is inf']),
-    (b'x = 1 # caf\xe9', ['not UTF-8']), (bytes(99), ['null bytes']),
-    (b'#' * (2 ** 20 + 1), ['not a config file', '1,048,576 bytes'])])
+    (b'x = 1 # caf\xe9', ['not UTF-8']), (bytes(99), ['null bytes'])])
 def test_an_error_in_a_config_file_names_its_line_or_setting(tmp_path, capsys, content, words):
     with pytest.raises(UserError) as e:
         configured(content, tmp_path)
@@ -168,13 +164,11 @@ def test_an_error_in_a_config_file_names_its_line_or_setting(tmp_path, capsys, c
     assert not isinstance(content, bytes) or not capsys.readouterr().out
 
 
-def test_what_is_not_a_regular_file_is_refused_and_ctrl_c_stays_ctrl_c(tmp_path):
+def test_a_config_file_that_is_not_a_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / 'fifo.py')  # would be waited for
     for path in (tmp_path / 'fifo.py', tmp_path, '', 'a\0b.py', 'a' * 5000, 'False'):
         with pytest.raises(UserError, match='^the config file .*does not exist, or is not a file'):
             configure(settings(), [str(path)])
-    with pytest.raises(KeyboardInterrupt):
-        configured('raise KeyboardInterrupt', tmp_path)
 
 
 def test_a_name_in_a_config_file_that_is_nearly_a_setting_is_a_warning(tmp_path, capsys):

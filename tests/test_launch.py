@@ -108,7 +108,7 @@ def test_a_missing_process_is_waited_for_as_long_as_told_and_named_in_one_line(f
     assert result.returncode == 1, result.stderr
     line, = result.stderr.splitlines()
     assert line.startswith(f'error in process {rank}: waited 2 s (--heartbeat_timeout) for '
-                           f'{processes}, and not all came')
+                           f'{processes}, and some did not connect')
     assert (f'waiting for {processes}\n' in result.stdout) == (rank == '0')
 
 

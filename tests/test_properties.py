@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import jax_train_utils as utils
 from configurator import configure
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.tokenizer import load_meta
+from nanogpt_jax.tokenizer import load_vocabulary
 from test_jax_transformer import layout_of, one_device_mesh
 
 DEFAULTS = {'count': 12, 'rate': 1e-3, 'flag': False, 'text': 'out'}
@@ -76,4 +76,4 @@ def test_random_bytes_as_meta_are_refused(content):
         with open(os.path.join(folder, 'meta.pkl'), 'wb') as f:
             f.write(content)
         with pytest.raises(UserError, match='meta.pkl'):
-            load_meta(folder)
+            load_vocabulary(folder)

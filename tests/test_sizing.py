@@ -80,16 +80,12 @@ def test_compute_optimal_sizes_are_those_of_the_papers_tables():
 # -----------------------------------------------------------------------------
 # the model, and what compilers make of it
 
-@pytest.mark.parametrize('remat', [pytest.param(False, marks=pytest.mark.slow), True])
-def test_flops_of_the_model_are_those_of_the_compiled_program(remat):
-    config = GPTConfig(**SMALL, remat=remat)
+def test_flops_of_the_model_are_those_of_the_compiled_program():
+    config = GPTConfig(**SMALL)
     forward_parts = forward_flops(config)
     assert sizing.scores_computed(config) == 5 / 8 * config.n_head * config.block_size ** 2
     skipped = 3 / 8 * (forward_parts['h.attn.scores'] + forward_parts['h.attn.values'])
     forward = 2 * (sum(forward_parts.values()) - skipped)  # of two sequences
-    backward = 2 * forward
-    if remat:
-        backward += 2 * (sizing.recomputed_flops(forward_parts) - skipped)
     model, graphdef, _ = utils.split_model(config)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     idx = jax.ShapeDtypeStruct((2, config.block_size), jnp.int32)
@@ -100,7 +96,7 @@ def test_flops_of_the_model_are_those_of_the_compiled_program(remat):
     # this width, and less at a larger one
     assert forward < flops(loss, params, idx) < 1.05 * forward
     gradient = flops(jax.value_and_grad(loss), params, idx)
-    assert forward + backward < gradient < 1.05 * (forward + backward)
+    assert 3 * forward < gradient < 1.05 * 3 * forward
 
 
 @pytest.mark.slow
@@ -165,7 +161,7 @@ def test_a_config_of_training_gives_its_model_with_the_vocabulary_of_its_data(
         folder, monkeypatch, printed):
     monkeypatch.chdir(folder)
     out = printed(dataset='tiny', n_layer=2, n_head=2, n_embd=64, dropout=0.1, batch_size=4)
-    assert re.search(r'^2 layers, 2 heads, 64 wide, .* vocabulary 20 \(of .*meta.pkl\)$', out, re.M)
+    assert re.search(r'^2 layers, 2 heads, 64 wide, .* vocabulary 20$', out, re.M)
     # cuDNN's kernel has no dropout, so it is not used, as in training
     assert 'xla attention' in out and '\nh.dropout ' in out
 
@@ -174,9 +170,7 @@ def test_a_config_of_training_gives_its_model_with_the_vocabulary_of_its_data(
     (dict(utilization=40.0), 'utilization is 40.*at most 1'),
     (dict(peak=0.0), 'peak is 0.*more than 0'),
     (dict(batch_size=0), 'batch_size is 0'),
-    (dict(init_from='resume'), "'resume'.*n_layer.*gpt2-xl"),
-    (dict(init_from='gpt2', block_size=2048), '2048.*1024'),
-    (dict(attention='cudnn', dtype='float32'), 'float32.*--attention=xla')])
+    (dict(init_from='resume'), "'resume'.*n_layer.*gpt2-xl")])
 def test_a_mistake_is_one_line(printed, settings, words):
     with pytest.raises(UserError, match=words):
         printed(**settings)

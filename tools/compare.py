@@ -25,7 +25,7 @@ torch_python = 'python' # a Python that has torch
 case = 'readme_cpu' # or shakespeare_char, readme_loss, shakespeare_loss, gpt2, generate, sample; or
                     # a list: a,b
 rounds = 3 # runs of each contender
-max_iters = 0 # iterations of a run, 0 for the case's own number
+max_iters = 0 # iterations of readme_cpu and shakespeare_char; 0: enough to time them
 torch_compile = 'both' # 'eager', 'compile' (by torch.compile), or 'both', alternating
 device = 'cpu' # of both projects: 'cpu' or 'cuda'
 micro_batches = '12,24,32,48,64' # gpt2: the micro-batch sizes to try
@@ -123,10 +123,8 @@ def best_losses(name):
     for contender in contenders:
         for seed in loss_seeds.split(','):
             with tempfile.TemporaryDirectory() as folder:
-                flags = [*LOSSES[name], f'--out_dir={folder}/run']
-                if max_iters:
-                    flags.append(f'--max_iters={max_iters}')
-                out, wall = run(contender, 'train.py', *flags, seed=seed)
+                out, wall = run(contender, 'train.py', *LOSSES[name], f'--out_dir={folder}/run',
+                                seed=seed)
             if logs:
                 os.makedirs(logs, exist_ok=True)
                 log = os.path.join(logs, f'{contender}-{seed}.log'.replace(' ', '-'))
@@ -155,8 +153,6 @@ def gpt2(name):
                 times.append(ms * 12 / int(size))
                 print(f'{name}, {contender}, micro-batch {size}: {times[-1]:.2f} ms per 12,288 '
                       'tokens')
-            if contender == 'JAX' and times:
-                print('\n'.join(line for line in out.splitlines() if 'loss' not in line))
             median = f'{statistics.median(times):.2f}' if times else 'failed'
             rows.append((contender, size, median, joined(times, 2)))
     report([name, 'micro-batch', 'ms per 12,288 tokens', 'each run'], rows)
@@ -191,7 +187,7 @@ print('loop:', time.perf_counter() - t0, 's,')
 
 def generate(name):
     """Seconds of generate alone, from one token on. This port generates all samples at once,
-    nanoGPT's sample.py one after the other, although its model can do it at once too."""
+    nanoGPT's sample.py one after the other, although its model can do a batch too."""
     rows = []
     for model, (shape, n, tokens) in GENERATED.items():
         bench = [sys.executable, os.path.join(ROOT, 'bench_jax.py'), f'--device={device}',

@@ -30,7 +30,7 @@ sys.excepthook = report_user_error
 target = 'v5e' # v5e, v5p, v6e or tpu7x, with a topology as in 'v5e:2x4' (alone: one chip); a GPU
                # (v100, t4, l4, a100, h100, h200, b200, ...) and how many, as in 'h100:8'; or
                # 'cpu:8', as many virtual devices, which needs no other compiler
-largest = False # also find the largest micro-batch that fits, by more compilations
+largest = False # also find the largest micro-batch that fits; compiles several times
 # as in train_jax.py
 init_from = 'scratch' # 'scratch': the shape below; or gpt2, gpt2-medium, gpt2-large, gpt2-xl
 dataset = 'openwebtext' # folder in data/, for its vocabulary size
@@ -59,9 +59,9 @@ elif init_from != 'scratch':
     raise UserError(f'init_from is {init_from!r}; it must be scratch or one of '
                     f'{", ".join(GPT2_SHAPES)}')
 devices = target_devices(target)
-mesh, global_batch_size, micro_steps, _ = choose_layout(
-    devices, gradient_accumulation_steps * batch_size, batch_size, fsdp)
-micro_batch_size = global_batch_size // mesh.size // micro_steps
+layout = choose_layout(devices, gradient_accumulation_steps * batch_size, batch_size, fsdp)
+mesh, micro_steps = layout.mesh, layout.micro_steps
+micro_batch_size = layout.global_batch_size // mesh.size // micro_steps
 gptconf = GPTConfig(
     block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout,
     bias=bias,
@@ -70,7 +70,7 @@ gptconf = GPTConfig(
 if not dropout:  # the fused kernels have no dropout
     gptconf = dataclasses.replace(gptconf, attention=attention_path(
         attention, gptconf.dtype, n_embd // n_head, devices[0]))
-model = split_model(gptconf)[0]
+model = split_model(gptconf).model
 memory, memory_note = usable_memory(target)
 if largest and memory == math.inf:
     raise UserError(f'largest needs a TPU or a GPU, with a memory of its own; target is {target!r}')
@@ -165,6 +165,6 @@ if step:
     print_time(hlo)
 if largest:
     print()
-    n = largest_fit(lambda n: measure(n)[2], memory, {micro_batch_size: n_bytes})
+    n = largest_fit(lambda n: measure(n)[2], memory, micro_batch_size, n_bytes)
     print(f'largest micro-batch that fits: {n} sequences')
 sys.exit(not step or n_bytes > memory)

@@ -10,7 +10,6 @@ $ python -m tools.plot out-a1 out-a2 out-b1 out-b2 --labels=a,a,b,b
 
 import functools
 import math
-import os
 import re
 import sys
 from types import SimpleNamespace
@@ -18,15 +17,13 @@ from types import SimpleNamespace
 import numpy as np
 
 from nanogpt_jax.errors import UserError, optional_import, report_user_error
-from nanogpt_jax.run_dir import METRICS, is_dir, is_remote, join, open_file, read_metrics
+from nanogpt_jax.run_dir import is_dir, open_file, read_metrics
 from tools import print_table
 
 # -----------------------------------------------------------------------------
 out = 'compare.png' # the picture, overwritten if it exists; '' for the table alone
-labels = '' # names of the runs, with commas; '' for the names of their files and folders
+labels = '' # names of the runs, with commas; '' for their paths
 smooth = 0.04 # training curves are moving averages over this fraction of a run; 0.0 for none
-times = '' # draw bars in place of the losses against time: ms per iteration of each label on one or
-           # more machines, as in 'one machine:19.4:31.7,another:35.8:43.3'
 from configurator import configure
 args = sys.argv[1:] if __name__ == '__main__' else []
 # overrides from the command line; arguments without - are runs here, not config files
@@ -39,8 +36,8 @@ configure(globals(), [arg for arg in args if arg.startswith('-')])
 
 # the lines that train.py and train_jax.py print; a truncated line matches none of them
 LOSS = r'(\d+\.\d{4}|nan|inf)'
-ITER = re.compile(rf'iter (\d{{1,18}}): loss {LOSS}, time (\d+\.\d\d)ms')
-STEP = re.compile(rf'step (\d{{1,18}}): train loss {LOSS}, val loss {LOSS}')
+ITER = re.compile(rf'iter (\d+): loss {LOSS}, time (\d+\.\d\d)ms')
+STEP = re.compile(rf'step (\d+): train loss {LOSS}, val loss {LOSS}')
 TOKENS = re.compile(r'tokens per iteration will be: ([\d,]+)')
 OURS = re.compile(r'^platform: \w+, devices: \d')
 
@@ -49,10 +46,7 @@ def read_events(path):
     """What a run logged, in order: (iteration, 1, loss, ms, tokens/s) for an iteration, and
     (iteration, 0, validation loss) for an evaluation, which precedes it. nan: unknown."""
     try:
-        file = join(path, METRICS) if is_dir(path) else path
-        if not is_remote(file) and os.path.exists(file) and not os.path.isfile(file):
-            raise OSError('not a file')  # a pipe or a device may never end
-        if file.endswith('.jsonl'):
+        if path.endswith('.jsonl') or is_dir(path):
             yield from events_of_metrics(read_metrics(path))
         else:
             with open_file(path, errors='replace') as f:
@@ -112,7 +106,7 @@ def read_run(path, name):
     its, losses, ms, rates = np.array(logged, float).reshape(-1, 4).T
     evals, vals = np.array(evaluated, float).reshape(-1, 2).T
     run = SimpleNamespace(name=name, its=its, losses=losses, evals=evals, vals=vals,
-                          ms=median(its, ms), rate=median(its, rates))
+                          ms=median(ms), rate=median(rates))
     # a line stands for all iterations since the line before; an unknown time counts as the median
     start = its[:1] - 1
     each = np.where(np.isnan(ms), run.ms, ms) / 1000
@@ -122,14 +116,11 @@ def read_run(path, name):
     return run
 
 
-def median(its, values):
-    """Median of the known values; without the first five iterations, which are slower, if others
-    are known. nan if none is."""
-    known = ~np.isnan(values)
-    settled = known & (its >= its[:1] + 5)
-    if not known.any():
-        return math.nan
-    return float(np.median(values[settled if settled.any() else known]))
+def median(values):
+    """Median of the known values, without the first five, which are slower, if others are known;
+    nan if none is."""
+    known = [part[~np.isnan(part)] for part in (values[5:], values)]
+    return next((float(np.median(part)) for part in known if part.size), math.nan)
 
 
 # -----------------------------------------------------------------------------
@@ -180,16 +171,11 @@ def curves(run, fraction):
             (run.evals[val], run.eval_seconds[val], run.vals[val])]
 
 
-def shared(arrays):
-    """The numbers that are in all of several arrays."""
-    return functools.reduce(np.intersect1d, arrays)
-
-
 def mean_and_band(runs, fraction):
     """[(iterations, seconds, losses, lowest, highest)] of training and of evaluations: means over
     runs, where all of them have a finite loss."""
     for kind in zip(*(curves(run, fraction) for run in runs)):
-        its = shared([x for x, _, _ in kind])
+        its = functools.reduce(np.intersect1d, [x for x, _, _ in kind])
         seconds, losses = (np.array([curve[i][np.isin(curve[0], its)] for curve in kind])
                            for i in (1, 2))
         yield its, seconds.mean(0), losses.mean(0), losses.min(0), losses.max(0)
@@ -205,108 +191,62 @@ def loss_limits(runs, fraction):
     return late.min() - margin, late.max() + margin
 
 
-def draw_bars(ax, bars):
-    """Bars of ms per iteration, those of a machine side by side."""
-    n = len(bars[0][1])
-    for i in range(n):
-        drawn = ax.bar([m + (i - (n - 1) / 2) * 0.8 / n for m in range(len(bars))],
-                       [ms[i] for _, ms in bars], width=0.75 / n, color=COLORS[i % len(COLORS)])
-        ax.bar_label(drawn, fmt='{:,.1f}', padding=2)
-    ax.set_xticks(range(len(bars)), [machine for machine, _ in bars])
-    ax.set_ylabel('time per iteration (ms)')
-    ax.grid(visible=True, axis='y', alpha=0.3)
-    ax.set_axisbelow(True)
-
-
-def draw_label(panels, runs, i, fraction):
-    """Draw the runs of label number i into panels (axes, element of a curve that is x, its unit);
-    returns the legend's line."""
-    style = dict(color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)])
+def draw_label(panels, runs, fraction, style):
+    """Draw the mean of runs into panels (axes, element of a curve that is x, its unit); returns the
+    legend's line."""
     train, val = mean_and_band(runs, fraction)
-    has_val = len(val[0]) > 0
     for ax, x, unit in panels:
-        thin, = ax.plot(train[x] / unit, train[2], **style, linewidth=1 if has_val else 2,
-                        alpha=0.6 if has_val else 1)
-        thick, = ax.plot(val[x] / unit, val[2], **style, linewidth=2, marker='o',
-                         markevery=len(val[0]) // 15 + 1)
-        for curve in (train, val) if len(runs) > 1 else ():
+        ax.plot(train[x] / unit, train[2], **style, linewidth=1, alpha=0.6)
+        line, = ax.plot(val[x] / unit, val[2], **style, linewidth=2, marker='o',
+                        markevery=len(val[0]) // 15 + 1)
+        for curve in (train, val):
             ax.fill_between(curve[x] / unit, *curve[3:], color=style['color'], alpha=0.2,
                             linewidth=0)
-    return thick if has_val else thin
+    return line
 
 
-def draw(runs, fraction, bars):
+def draw(runs, fraction):
     """The picture, as matplotlib's Figure. Raises UserError if matplotlib is not installed."""
     Figure = optional_import('matplotlib.figure').Figure
-    names = list(dict.fromkeys(run.name for run in runs))
-    columns = max(1, 110 // (max(map(len, names)) + 10))  # of the legend
-    fig = Figure(figsize=(12, 5.5 + math.ceil(len(names) / columns) / 4), dpi=120,
-                 layout='constrained')
-    left, right = fig.subplots(1, 2, sharey=not bars)
+    fig = Figure(figsize=(12, 6), dpi=120, layout='constrained')
+    left, right = fig.subplots(1, 2, sharey=True)
     left.set(xlabel='iteration', ylabel='loss (nats per token)', ylim=loss_limits(runs, fraction))
     left.xaxis.set_major_formatter('{x:,.0f}')
-    left.grid(visible=True, alpha=0.3)
-    panels = [(left, 0, 1)]
-    if bars:
-        draw_bars(right, bars)
-    else:
-        longest = max([run.seconds[-1] for run in runs if not math.isnan(run.ms)], default=0)
-        unit, size = ('s', 1) if longest < 180 else ('min', 60) if longest < 7200 else ('h', 3600)
-        right.set(xlabel=f'training time without evaluations ({unit})')
-        right.grid(visible=True, alpha=0.3)
-        panels.append((right, 1, size))
-    handles = [draw_label(panels, [run for run in runs if run.name == name], i, fraction)
-               for i, name in enumerate(names)]
-    fig.legend(handles, names, loc='outside lower center',
-               ncols=columns, handlelength=4,
+    longest = max([run.seconds[-1] for run in runs if not math.isnan(run.ms)], default=0)
+    name, unit = ('s', 1) if longest < 180 else ('min', 60) if longest < 7200 else ('h', 3600)
+    right.set(xlabel=f'training time without evaluations ({name})')
+    for ax in (left, right):
+        ax.grid(visible=True, alpha=0.3)
+    lines = {}
+    for i, label in enumerate(dict.fromkeys(run.name for run in runs)):
+        style = dict(color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)])
+        lines[label] = draw_label([(left, 0, 1), (right, 1, unit)],
+                                  [run for run in runs if run.name == label], fraction, style)
+    fig.legend(lines.values(), lines, loc='outside lower center', ncols=3, handlelength=4,
                title='with markers: validation loss; without: training loss'
-               + ('; bands: lowest to highest' if len(runs) > len(names) else ''))
+               + ('; bands: lowest to highest' if len(runs) > len(lines) else ''))
     return fig
 
 
 # -----------------------------------------------------------------------------
 # the command line
 
-def name_runs(paths):
-    """The label of each run."""
+def main():
+    paths = [arg for arg in args if not arg.startswith('-')]
+    names = labels.split(',') if labels else paths
     if not paths:
         raise UserError('no run to plot; give out_dirs or log files, as in: '
                         'python -m tools.plot out_jax train.log')
-    names = labels.split(',') if labels else [os.path.basename(os.path.abspath(p)) for p in paths]
-    if not labels and len(set(names)) < len(names):
-        names = paths
     if len(names) != len(paths):
         raise UserError(f'labels has {len(names)} names for {len(paths)} runs; '
                         'give one for each, with commas')
-    return names
-
-
-def parse_times(n_labels):
-    """[(machine, ms per iteration of each label)] of `times`."""
-    bars = [(machine, [float(x) if re.fullmatch(r'\d+(\.\d+)?', x) else 0 for x in ms])
-            for machine, *ms in (bar.split(':') for bar in times.split(',') if bar)]
-    if any(len(ms) != n_labels or not all(ms) for _, ms in bars):
-        raise UserError(f'times is {times!r}; write a machine and ms per iteration for each of the '
-                        f'{n_labels} labels, as in one:19.4:31.7,another:35.8:43.3')
-    return bars
-
-
-def main():
-    sys.stdout.reconfigure(errors='replace')  # prints ? for a character that the terminal lacks
-    paths = [arg for arg in args if not arg.startswith('-')]
-    names = name_runs(paths)
-    bars = parse_times(len(set(names)))
-    if not 0 <= smooth <= 1:
-        raise UserError(f'smooth is {smooth}; it must be a fraction from 0.0 to 1.0')
-    if out and not out.lower().endswith('.png'):
-        raise UserError(f'out is {out!r}; the picture is a PNG, so its name must end in .png')
     runs = [read_run(path, name) for path, name in zip(paths, names)]
     print_table(HEAD, [table_row(run, runs[0]) for run in runs])
     if out:
         try:
-            draw(runs, smooth, bars).savefig(out)
-        except OSError as e:
-            raise UserError(f'cannot write {out} ({e.strerror}); choose another --out') from e
+            draw(runs, smooth).savefig(out)
+        except (OSError, ValueError) as e:  # ValueError: not the ending of a picture's name
+            raise UserError(f'cannot write {out} ({e}); choose another --out') from e
         print(f'{out} written')
 
 

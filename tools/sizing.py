@@ -6,11 +6,9 @@ $ python -m tools.sizing config/train_shakespeare_char.py
 $ python -m tools.sizing --init_from=gpt2-xl --batch_size=4 --remat=True
 """
 
-import dataclasses
 import math
 import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +17,12 @@ from flax import nnx
 
 from jax_train_utils import abstract_train_state, check_settings, create_optimizer, split_model
 from jax_transformer import GPTConfig
-from nanogpt_jax.devices import attention_path, select_devices
+from nanogpt_jax.devices import select_devices
 from nanogpt_jax.errors import UserError, report_user_error
 from nanogpt_jax.ops import causal_attention
-from nanogpt_jax.run_dir import data_dir_of, join
 from nanogpt_jax.pretrained import GPT2_SHAPES
-from nanogpt_jax.tokenizer import find_vocabulary, load_vocabulary
+from nanogpt_jax.run_dir import data_dir_of
+from nanogpt_jax.tokenizer import load_vocabulary
 from tools import print_table
 
 # -----------------------------------------------------------------------------
@@ -41,7 +39,7 @@ bias = False # biases inside LayerNorm and Linear layers?
 # memory
 batch_size = 12 # sequences of a micro-step on one device
 dtype = 'bfloat16' # compute type: 'float32', 'bfloat16' or 'float16'
-attention = 'auto' # 'cudnn', 'xla', or 'auto': as train_jax.py chooses on an NVIDIA GPU
+attention = 'auto' # 'xla': without the fused kernel; it is fused only in 16 bits, without dropout
 remat = False # recompute each block in the backward pass, to save memory
 # the run
 gradient_accumulation_steps = 5 * 8 # times batch_size: the global batch, of any number of devices
@@ -93,12 +91,6 @@ def count_flops(gptconf, kernels):
     return flops
 
 
-def recomputed_flops(forward):
-    """FLOPs that the backward pass repeats with remat: those of the blocks, except for a block's
-    last matmul, whose result it does not need."""
-    return sum(forward.values()) - forward['head'] - forward['h.mlp.c_proj']
-
-
 def count_saved(gptconf):
     """(bytes saved of one sequence for the backward pass, the most that are saved at a time).
 
@@ -142,16 +134,8 @@ def print_parts(gptconf, model):
                  '', comma(activations)))
     print_table(('', 'parameters', 'share', 'FLOP forward', 'FLOP backward', 'share',
                  'bytes saved'), rows, markdown=False)
-    T = gptconf.block_size
-    print(f'h: all {gptconf.n_layer} blocks. FLOP and bytes are for one sequence of {T} tokens; '
-          'FLOP are those of the matmuls, with all scores')
-    if gptconf.attention == 'xla':
-        computed = scores_computed(gptconf) / (gptconf.n_head * T * T)
-        print(f'causal attention computes {computed:.1%} of the scores and values')
-    if gptconf.remat:
-        print(f'with remat the backward pass computes {recomputed_flops(forward):,} FLOP of the '
-              "blocks again;\nevery block saves ln_1's input, and one block at a time the rest")
-    print()
+    print(f'h: all {gptconf.n_layer} blocks. FLOP and bytes are for one sequence of '
+          f'{gptconf.block_size} tokens; FLOP are those of the matmuls, with all scores\n')
     return total_forward
 
 
@@ -178,14 +162,6 @@ def duration(seconds):
     units = (('days', 86400), ('hours', 3600), ('minutes', 60), ('seconds', 1))
     name, length = next((unit for unit in units if seconds >= unit[1]), units[-1])
     return f'{seconds / length:.3g} {name}'
-
-
-def short(x):
-    """Four digits of a large number, as in 2.472B."""
-    for unit, name in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M')):
-        if x >= unit:
-            return f'{x / unit:#.4g}{name}'
-    return f'{x:#.4g}'
 
 
 # -----------------------------------------------------------------------------
@@ -236,28 +212,17 @@ def check():
     if init_from != 'scratch' and init_from not in GPT2_SHAPES:
         raise UserError(f'init_from is {init_from!r}; it must be scratch, with the shape in '
                         f'n_layer, n_head and n_embd, or one of {", ".join(GPT2_SHAPES)}')
-    if init_from in GPT2_SHAPES and block_size > 1024:
-        raise UserError(f'block_size is {block_size}; {init_from} has 1024: give that or less')
 
 
 def read_shape():
-    """(GPTConfig of the settings, where its vocabulary size comes from)."""
-    if init_from in GPT2_SHAPES:
-        shape, size, has_bias, source = GPT2_SHAPES[init_from], 50257, True, init_from
-    else:
-        shape, size, has_bias, source = (n_layer, n_head, n_embd), vocab_size, bias, 'as given'
-    if not size:
-        data_dir = data_dir_of(dataset)
-        size, source = load_vocabulary(data_dir)[0], f'of {find_vocabulary(data_dir)}'
-    if not size:
-        size = GPTConfig.vocab_size
-        source = f"GPT-2's padded, since there is no {join(data_dir, 'meta.pkl')}"
-    gptconf = GPTConfig(block_size, size, *shape, dropout, has_bias, dtype, 'xla', remat)
-    if not dropout:  # JAX has cuDNN's kernel without dropout only
-        gpu = SimpleNamespace(device_kind='an NVIDIA GPU', compute_capability='9.0')
-        path = attention_path(attention, dtype, gptconf.n_embd // gptconf.n_head, gpu)
-        gptconf = dataclasses.replace(gptconf, attention=path)
-    return gptconf, source
+    """The GPTConfig of the settings."""
+    shape, size, has_bias = (n_layer, n_head, n_embd), vocab_size, bias
+    if init_from != 'scratch':
+        shape, size, has_bias = GPT2_SHAPES[init_from], 50257, True
+    size = size or load_vocabulary(data_dir_of(dataset))[0] or GPTConfig.vocab_size
+    fused = attention != 'xla' and dtype != 'float32' and not dropout
+    return GPTConfig(block_size, size, *shape, dropout, has_bias, dtype,
+                     'cudnn' if fused else 'xla', remat)
 
 
 def print_time(flops_per_token, n_params, tokens_per_iter):
@@ -265,7 +230,7 @@ def print_time(flops_per_token, n_params, tokens_per_iter):
     rows = [(name, f'{flops:.3e}', duration(flops / speed))
             for name, flops in (('by 6N + 12LHQT', flops_per_token * tokens),
                                 ('by 6N', 6 * n_params * tokens))]
-    print_table((f'{max_iters:,} iterations of {tokens_per_iter:,} tokens: {short(tokens)}',
+    print_table((f'{max_iters:,} iterations of {tokens_per_iter:,} tokens: {tokens:.3e}',
                  'FLOP', 'time'), rows, markdown=False)
     print(f'with {n_devices} device{"s" * (n_devices > 1)} of {peak / 1e12:g} TFLOP/s '
           f'and an mfu of {utilization:.0%}\n')
@@ -276,23 +241,24 @@ def print_laws(n_params, tokens_per_iter):
     rows = []
     for name, (k, m) in LAWS.items():
         D = k * n_params ** m
-        rows.append((name, short(D), f'{D / n_params:.1f}', f'{6 * n_params * D:.3e}',
-                     f'{D / tokens_per_iter:,.0f}', *map(short, optimal_size(name, budget))))
+        best_n, best_d = optimal_size(name, budget)
+        rows.append((name, f'{D:.3e}', f'{D / n_params:.1f}', f'{6 * n_params * D:.3e}',
+                     f'{D / tokens_per_iter:,.0f}', f'{best_n:.3e}', f'{best_d:.3e}'))
     print_table(('compute-optimal, by Hoffmann et al. 2022', 'D', 'D / N', '6ND', 'iterations',
                  'best N', 'and D'), rows, markdown=False)
-    print(f'D: tokens for this N, {short(n_params)}; best N and D: for {budget:.3e} FLOP')
+    print(f'D: tokens for this N, {n_params:.3e}; best N and D: for {budget:.3e} FLOP')
 
 
 def main():
     check()
     select_devices('cpu')
-    gptconf, source = read_shape()
-    model = split_model(gptconf)[0]
+    gptconf = read_shape()
+    model = split_model(gptconf).model
     n_params = model.get_num_params()  # without wpe
     flops_per_token = model.estimate_mfu(1, 1.0, peak_flops=1.0) / block_size
     tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
     print(f'{gptconf.n_layer} layers, {gptconf.n_head} heads, {gptconf.n_embd} wide, '
-          f'{block_size} tokens, bias {gptconf.bias}, vocabulary {gptconf.vocab_size} ({source})\n')
+          f'{block_size} tokens, bias {gptconf.bias}, vocabulary {gptconf.vocab_size}\n')
     total_forward = print_parts(gptconf, model)
     print_table(('parameters without wpe, N', f'{n_params:,}'), [
         ('FLOP per token, forward and backward', f'{3 * total_forward / block_size:,.0f}'),

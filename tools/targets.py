@@ -64,8 +64,8 @@ GPUS = {
     'b200': GPU('NVIDIA B200', '10.0', 178.36, 148, 1.965, 7700, 126),
     'rtx5090': GPU('NVIDIA GeForce RTX 5090', '12.0', 31.36, 170, 2.41, 1792, 96),
 }
-# (KiB of shared memory a multiprocessor and a block can have, threads and FP32 units of a
-# multiprocessor) by compute capability, from the CUDA programming guide's table of them
+# {compute capability: (KiB of shared memory per multiprocessor and per block, threads and FP32
+# units per multiprocessor)}, from the CUDA programming guide
 MULTIPROCESSORS = {
     '7.0': (96, 96, 2048, 64), '7.5': (64, 64, 1024, 64), '8.0': (164, 163, 2048, 64),
     '8.6': (100, 99, 1536, 128), '8.9': (100, 99, 1536, 128), '9.0': (228, 227, 2048, 128),
@@ -77,7 +77,7 @@ def gpu_description(gpu):
     """A GPU as the text of XLA's GpuTargetConfigProto."""
     shared, of_block, threads, fpus = MULTIPROCESSORS[gpu.capability]
     major, minor = gpu.capability.split('.')
-    # from Hopper on, the instructions of this very generation, which its tensor cores need
+    # the tensor cores of Hopper and Blackwell need instructions of their own generation only
     feature = 'ACCELERATED_FEATURES' if int(major) in (9, 10) else 'NONE'
     return f'''gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}
@@ -132,7 +132,7 @@ def need(module, package):
 
 def tpu_devices(name, topology):
     """The devices of a TPU topology; of one chip if topology is ''."""
-    # it must not look for a TPU here, nor be the only one that uses the library
+    # libtpu shall not look for a TPU here, nor lock itself for one process
     os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
     shape = topology or TPUS[name].host
     single = {'chips_per_host_bounds': (1, 1, 1)} if shape == '1x1' else {}
@@ -155,7 +155,7 @@ def usable_memory(target):
     """(bytes that a program can use on a device of a target, a note on what sets it)."""
     name = target.lower().partition(':')[0]
     if name == 'cpu':
-        return math.inf, ''  # of one machine, all virtual devices together
+        return math.inf, ''  # all virtual devices share one machine's
     if name in TPUS:
         return TPUS[name].memory * 2 ** 30, 'by libtpu'
     # as the CUDA plugin reads them
@@ -173,49 +173,28 @@ def compile_step(gptconf, mesh, micro_steps, micro_batch_size):
         (micro_steps, micro_batch_size * mesh.size, gptconf.block_size), jnp.int32,
         sharding=batch_sharding(mesh, 3))
     iter_num = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    step = make_train_step(split_model(gptconf)[1], tx, 0, mesh, gptconf.dtype == 'float16')
+    step = make_train_step(split_model(gptconf).train_graphdef, tx, 0, mesh,
+                           scale_loss=gptconf.dtype == 'float16')
     lowered = step.lower(abstract_train_state(gptconf, tx, mesh), batch, batch, iter_num)
     return lowered.compile(compiler_options(mesh.devices.flat[0]))
 
 
 def compiler_options(device):
-    """Compiler options for a device that you don't have."""
-    # autotuning would time kernels on a GPU
+    """Compiler options for a device that you don't have: no autotuning, which times kernels."""
     return {'xla_gpu_autotune_level': 0} if device.platform == 'gpu' else None
 
 
-def largest_fit(measure, memory, known):
-    """The largest micro-batch that needs at most `memory` bytes; 0 if none does.
+def largest_fit(measure, memory, n, n_bytes):
+    """The largest micro-batch that needs at most `memory` bytes, by bisection; 0 if none does.
 
-    measure: sequences to bytes, by compiling; inf if the compiler says that it does not fit. known:
-    {sequences: bytes} of one or more sizes.
+    measure: sequences to bytes, by compiling; inf if the compiler says that they do not fit.
+    n_bytes: those of n sequences.
     """
-    known, fits, too_many, n = dict(known), 0, math.inf, min(known)
+    fits, too_many = (n, math.inf) if n_bytes <= memory else (0, n)
     while fits + 1 < too_many:
-        if n not in known:
-            known[n] = measure(n)
-        if known[n] <= memory:
+        n = 2 * fits if too_many == math.inf else (fits + too_many) // 2
+        if measure(n) <= memory:
             fits = n
         else:
             too_many = n
-        n = next_size(known, memory, fits, too_many)
     return fits
-
-
-def next_size(known, memory, fits, too_many):
-    """The size to try next, more than what fits and fewer than what is too many.
-
-    That of a line through the two sizes closest to `memory`, but at most halfway to what is too
-    many, or twice what fits.
-    """
-    # close to what a TPU has its compiler recomputes activations, and the line becomes flat
-    furthest = (fits + too_many) // 2 if math.isfinite(too_many) else 2 * fits
-    sizes = sorted((n for n in known if math.isfinite(known[n])),
-                   key=lambda n: abs(known[n] - memory))
-    guess = furthest
-    if len(sizes) > 1:
-        a, b = sizes[:2]
-        slope = (known[a] - known[b]) / (a - b)
-        if slope > 0:
-            guess = min(furthest, a + math.floor((memory - known[a]) / slope))
-    return max(guess, fits + 1)
