@@ -30,6 +30,7 @@ from jax_transformer import GPTConfig
 from nanogpt_jax.checkpoint import Checkpoints
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.run_dir import read_metrics
+from nanogpt_jax.sharding import make_mesh, shard_batch
 from test_jax_transformer import (
     assert_equal_trees, generate_plainly, one_device_mesh, tiny, tokens,
 )
@@ -165,6 +166,14 @@ def muon():
     singular = np.linalg.svd(updates['kernel'], compute_uv=False) / (0.2 * 24 ** 0.5)
     assert (0.6 < singular).all() and (singular < 1.3).all()
     np.testing.assert_allclose(updates['embedding'], -np.sign(grads['embedding']), rtol=1e-3)
+    # with --fsdp each of the eight matrices is gathered once to be orthogonalized
+    mesh, config = make_mesh(jax.devices(), fsdp=2), tiny(n_layer=2).config
+    tx = utils.create_optimizer(lambda it: 1.0, 0.0, (0.9, 0.95), 0.0, mesh)
+    step = utils.make_train_step(utils.split_model(config).train_graphdef, tx, 0, mesh)
+    x, = shard_batch(mesh, tokens(1, 2, 16))
+    text = step.lower(utils.abstract_train_state(config, tx, mesh), x, x, 0).compile().as_text()
+    gathers = re.findall(r' all-gather\(.*/optimizer/', text)
+    assert len(gathers) == 8, len(gathers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, 'torch', SimpleNamespace(__file__=''))  # not used
         with pytest.raises(UserError, match='not trained by AdamW alone'):
