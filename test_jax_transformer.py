@@ -8,7 +8,6 @@ has figures of the PyTorch original (see the README there). tests/ has the tests
 import contextlib
 import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -377,24 +376,6 @@ def test_init_follows_gpt2():
 
 
 @area('model creation')
-def test_bias_false_creates_no_biases():
-    assert not any('bias' in name for name in export_torch_weights(tiny(bias=False)))
-
-
-@area('model creation')
-def test_parameter_counts_and_mfu_are_nanogpts():
-    # tests/test_weights.py has the larger sizes
-    for size, config in (('gpt2', GPTConfig(vocab_size=50257)),
-                         ('nanogpt-124M-nobias', GPTConfig(bias=False))):
-        want = golden_numbers()['sizes'][size]
-        model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)))  # noqa: B023
-        assert model.get_num_params() == want['num_params']
-        assert model.get_num_params(non_embedding=False) == want['num_params_all']
-        # the same formula in float64
-        assert math.isclose(model.estimate_mfu(12, 1.0), want['mfu_bs12_dt1'], rel_tol=1e-12)
-
-
-@area('model creation')
 def test_invalid_configurations_are_refused():
     assert_refused(lambda: GPTConfig(n_embd=768, n_head=5), 'n_embd', '768', '5')
     assert_refused(lambda: GPTConfig(n_head=0), 'n_head is 0')
@@ -409,7 +390,7 @@ def test_invalid_configurations_are_refused():
 def test_a_checkpoints_model_args_are_read_back_and_those_of_another_model_are_refused():
     config = GPTConfig(**TINY, dropout=0.1, dtype='bfloat16', remat=True)
     args, read = jax_transformer.model_args(config), GPTConfig.from_model_args
-    assert args.keys() == TINY.keys() | {'bias', 'dropout'}
+    assert args.keys() >= TINY.keys() and not args.keys() & {'dtype', 'attention', 'remat'}
     assert read(args, dtype='bfloat16', remat=True) == config
     assert read({k: v for k, v in args.items() if k != 'dropout'}).dropout == 0.0
     assert_refused(lambda: read({k: v for k, v in args.items() if k != 'n_head'}), 'lacks n_head')
@@ -438,15 +419,6 @@ def test_weights_that_do_not_fit_are_all_named_and_nothing_changes():
 
 
 # -----------------------------------------------------------------------------
-
-@area('forward, training')
-def test_forward_with_targets_gives_all_logits_and_a_float32_loss():
-    logits, loss = forward(tiny(), tokens(3, 16), tokens(3, 16, seed=1))
-    assert logits.shape == (3, 16, 65) and loss.shape == () and loss.dtype == jnp.float32
-    # small random weights predict almost uniformly: logits of scale 0.02 change the loss by far
-    # less than 0.1
-    assert abs(float(loss) - math.log(65)) < 0.1
-
 
 @area('forward, training')
 def test_targets_of_minus_one_do_not_count():
@@ -486,16 +458,6 @@ def test_dropout_without_a_key_is_refused():
 
 
 @area('forward, inference')
-def test_forward_without_targets_gives_the_last_position():
-    model, x = tiny(), tokens(2, 7)
-    logits, loss = forward(model, x)
-    assert logits.shape == (2, 1, 65) and loss is None
-    # float32 rounding: the sums may be in another order
-    want = forward(model, x, x)[0][:, -1]
-    np.testing.assert_allclose(logits[:, 0], want, rtol=1e-5, atol=1e-6)
-
-
-@area('forward, inference')
 def test_a_sequence_longer_than_block_size_is_refused():
     assert_refused(lambda: tiny()(tokens(1, 17)), '17', '16')
 
@@ -511,15 +473,6 @@ def test_cropped_model_computes_the_same_on_short_sequences():
 
 
 # -----------------------------------------------------------------------------
-
-@area('backward')
-def test_every_parameter_gets_a_gradient():
-    graphdef, params = nnx.split(tiny(), nnx.Param)
-    x, y = tokens(2, 16), tokens(2, 16, seed=1)
-    grad = jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p)(x, y)[1]))
-    for path, g in jax.tree_util.tree_leaves_with_path(grad(nnx.to_pure_dict(params))):
-        assert np.isfinite(g).all() and np.abs(g).max() > 0, path
-
 
 @area('backward')
 def test_custom_gradients_of_matmul_and_cross_entropy_equal_autodiff():
@@ -590,39 +543,11 @@ def test_weight_decay_applies_to_matrices_and_embeddings_only():
     for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates)):
         np.testing.assert_allclose(u, -0.5 * 0.1 * p if p.ndim >= 2 else 0 * p, rtol=1e-6)
     decayed, others = utils.decay_groups(params)
-    assert len(decayed) == 2 + 4 and len(others) == 2 + 8
-
-
-@area('optimizer step')
-def test_one_step_is_adamw_with_bias_correction():
-    p, g = jnp.array([[1.0, -2.0]]), jnp.array([[0.3, -0.1]])
-    tx = utils.create_optimizer(lambda it: 1e-2, weight_decay=0.1, betas=(0.9, 0.95), grad_clip=0.0)
-    updates, _ = tx.update({'w': g}, tx.init({'w': p}), {'w': p})
-    want = -1e-2 * (g / (jnp.abs(g) + 1e-8) + 0.1 * p)
-    np.testing.assert_allclose(updates['w'], want, rtol=1e-5)  # float32
-
-
-@area('optimizer step')
-def test_the_optimizer_accepts_an_nnx_state():
-    state = nnx.state(tiny(), nnx.Param)
-    tx = utils.create_optimizer(lambda it: 1e-2, weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0)
-    grads = jax.tree.map(jnp.ones_like, state)
-    plain = nnx.to_pure_dict(state)
-    want, _ = jax.jit(tx.update)(nnx.to_pure_dict(grads), tx.init(plain), plain)
-    got, _ = jax.jit(tx.update)(grads, tx.init(state), state)
-    assert_equal_trees(nnx.to_pure_dict(got), want)
+    assert decayed and all(p.ndim >= 2 for p in decayed)
+    assert others and all(p.ndim < 2 for p in others)
 
 
 # -----------------------------------------------------------------------------
-
-@area('jit')
-def test_jitted_forward_equals_the_eager_one():
-    model, x = tiny(), tokens(2, 16)
-    graphdef, params = nnx.split(model, nnx.Param)
-    jitted = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x, x)[0])(params, x)
-    # fused sums round differently
-    np.testing.assert_allclose(jitted, model(x, x)[0], rtol=1e-4, atol=1e-6)
-
 
 @area('jit')
 def test_accumulation_equals_one_large_batch():
@@ -655,22 +580,15 @@ def test_step_is_compiled_once_and_donates_its_state():
 
 
 @area('jit')
-def test_dropout_depends_on_the_iteration():  # and on the seed: tests/test_train.py
-    x = tokens(2, 1, 16)
-    step, state = make_step(tiny(dropout=0.5))
-    a, b, again = (float(step(jax.tree.map(jnp.copy, state), x, x, it)[1]['loss'])
-                   for it in (3, 4, 3))
-    assert a == again != b
+def test_dropout_depends_on_seed_iteration_and_micro_batch():
+    x = tokens(2, 1, 16)  # two micro-batches
 
-
-@area('jit')
-def test_micro_batches_get_different_dropout_masks():
-    x = np.tile(tokens(1, 1, 16), (2, 1, 1))  # two micro-batches of the same sequence
-    step, state = make_step(tiny(dropout=0.5))
-    both = float(step(state, x, x, 0)[1]['loss'])
-    step, state = make_step(tiny(dropout=0.5))
-    first = float(step(state, x[:1], x[:1], 0)[1]['loss'])
-    assert both != first  # with the same mask twice this is the mean of two equal losses
+    def loss(x, it, seed=0):
+        step, state = make_step(tiny(dropout=0.5), seed)
+        return float(step(state, x, x, it)[1]['loss'])
+    assert loss(x, 3) == loss(x, 3)
+    # with the same mask for both micro-batches their order would not matter
+    assert len({loss(x, 3), loss(x, 4), loss(x, 3, seed=1), loss(x[::-1], 3)}) == 4
 
 
 # -----------------------------------------------------------------------------
@@ -694,13 +612,6 @@ def generate_plainly(model, y, n):
         logits = logits_of(padded)[:, seen.shape[1] - 1]
         y = np.concatenate([y, np.asarray(logits.argmax(-1, keepdims=True), np.int32)], axis=1)
     return y
-
-
-@area('generation')
-def test_generation_is_correct_for_a_block_size_that_is_no_power_of_two():
-    model, x = tiny(block_size=160), tokens(1, 60)
-    want = generate_plainly(model, x, 110)
-    np.testing.assert_array_equal(model.generate(x, 110, temperature=0), want)
 
 
 @area('generation')
@@ -740,11 +651,12 @@ def test_top_p_keeps_the_fewest_most_likely_tokens_that_reach_it():
 
 @area('generation')
 def test_cached_generation_equals_the_full_forward_pass():
-    # past block_size, with prompts of one and two tokens too; with a cache shorter than block_size;
-    # and where a prompt or text one token shorter needs a smaller prefill (66) or cache (46)
+    # past block_size, also one that is no power of two, with a prompt of one token too; with a
+    # cache shorter than block_size; and where a prompt or text one token shorter needs a
+    # smaller prefill (66) or cache (46)
     for block_size, bias, prompt, B in (
-            (16, True, 2, 2), (16, False, 1, 2), (16, False, 16, 1), (16, True, 20, 3),
-            (128, False, 5, 2), (128, True, 66, 12), (128, True, 46, 12)):
+            (16, False, 1, 2), (16, False, 16, 1), (16, True, 20, 3), (160, False, 150, 2),
+            (128, True, 66, 12), (128, True, 46, 12)):
         model, x = tiny(bias=bias, block_size=block_size), tokens(B, prompt)
         # with the small initial weights the last token alone would decide, and not attention
         nnx.update(model, jax.tree.map(lambda p: 10 * p, nnx.state(model, nnx.Param)))
@@ -834,9 +746,8 @@ def test_sampling_casts_only_kernels_and_the_head_and_leaves_the_model_unchanged
     model = tiny(dtype='bfloat16')
     graphdef, params, head = sampling_weights(model)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    dtypes = {(path[-1].key, str(p.dtype)) for path, p in leaves}
-    assert dtypes == {('kernel', 'bfloat16'), ('embedding', 'float32'), ('scale', 'float32'),
-                      ('bias', 'float32')}
+    for path, p in leaves:
+        assert p.dtype == ('bfloat16' if path[-1].key == 'kernel' else 'float32'), path
     assert all(p.dtype == 'float32' for p in jax.tree.leaves(params_of(model)))
     x = tokens(2, 9)
     np.testing.assert_array_equal(nnx.merge(graphdef, params)(x)[0], model(x)[0])
@@ -881,20 +792,6 @@ def test_invalid_sampling_settings_are_refused():
 
 
 # -----------------------------------------------------------------------------
-
-@area('dtypes')
-def test_compute_types_agree_within_their_precision():
-    x, y = tokens(4, 16), tokens(4, 16, seed=1)
-    want_logits, want_loss = forward(tiny(), x, y)
-    for dtype, eps in (('bfloat16', 2 ** -8), ('float16', 2 ** -11)):
-        model = tiny(dtype=dtype)
-        logits, loss = forward(model, x, y)
-        assert logits.dtype == dtype and loss.dtype == jnp.float32
-        assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params_of(model)))
-        # a few roundings before logits of at most 0.5
-        np.testing.assert_allclose(np.float32(logits), want_logits, atol=4 * eps * 0.5)
-        np.testing.assert_allclose(loss, want_loss, rtol=eps)
-
 
 @area('dtypes')
 def test_norms_softmax_and_loss_are_computed_in_float32_in_a_bfloat16_model():
@@ -970,16 +867,6 @@ def test_check_finite_accepts_skipped_float16_steps_and_refuses_other_non_finite
     check(overflow | {'loss_scale': jnp.float32(1024)})
     # below 1, halving the scale has not helped
     assert_refused(lambda: check(overflow | {'loss_scale': jnp.float32(0.5)}), 'iteration 7')
-
-
-@area('dtypes')
-def test_loss_scaling_does_not_change_the_gradient():
-    x = tokens(1, 8, 16)
-    norms = []
-    for scale_loss in (False, True):
-        step, state = make_step(tiny(), scale_loss=scale_loss)
-        norms.append(float(step(state, x, x, 0)[1]['grad_norm']))
-    assert math.isclose(*norms, rel_tol=1e-6)  # scaling by a power of two does not round
 
 
 # -----------------------------------------------------------------------------
@@ -1078,34 +965,6 @@ def test_estimated_loss_is_the_mean_over_the_evaluation_batches():
 
 
 @area('batches')
-def test_missing_and_short_data_are_refused():
-    with tempfile.TemporaryDirectory() as folder:
-        assert_refused(lambda: utils.count_tokens(folder, 'val', 16), 'val.bin', 'prepare.py')
-        write_split(folder, np.arange(16), 'val')
-        assert_refused(lambda: utils.count_tokens(folder, 'val', 16), '32 bytes', '17')
-
-
-@area('batches')
-def test_a_pickle_that_would_run_code_is_refused():
-    import pickle
-
-    class Evil:
-        def __reduce__(self):
-            return (os.system, ('echo executed',))
-    with tempfile.TemporaryDirectory() as folder:
-        def write(content):
-            with open(os.path.join(folder, 'meta.pkl'), 'wb') as f:
-                pickle.dump(content, f)
-        assert tokenizer.load_vocabulary(folder) == (None, None)
-        write({'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 0, 'b': 1}})
-        assert tokenizer.load_vocabulary(folder) == (2, ['a', 'b'])
-        write(Evil())
-        assert_refused(lambda: tokenizer.load_vocabulary(folder), 'only plain Python data')
-        write([1, 2])
-        assert_refused(lambda: tokenizer.load_vocabulary(folder), 'meta.pkl', 'prepare.py')
-
-
-@area('batches')
 def test_characters_round_trip_and_unknown_ones_are_refused():
     encode, make_decode, n = tokenizer.get_tokenizer(['\n', 'a', 'é'])
     assert n == 3 and encode('aé\n') == [1, 2, 0]
@@ -1185,21 +1044,20 @@ def test_every_changed_bit_changes_the_checksum_and_sharding_does_not():
 
 
 @area('checkpoint round trip')
-def test_a_flipped_bit_is_detected():
+def test_other_arrays_than_were_saved_are_detected():
     with tempfile.TemporaryDirectory() as folder:
-        with Checkpoints(folder) as checkpoints:
-            save(checkpoints, toy_state(), 1)
+        mine, other = (os.path.join(folder, name) for name in 'ab')
+        for out_dir, factor in ((mine, 1), (other, 2)):
+            with Checkpoints(out_dir) as checkpoints:
+                save(checkpoints, jax.tree.map(lambda a: factor * a, toy_state()), 1)  # noqa: B023
+        checkpoints = Checkpoints(mine, read_only=True)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), toy_state())
         assert_equal_trees(checkpoints.load('latest', lambda meta: abstract)[2], toy_state())
-        data = os.path.join(checkpoints.folder(1), 'params', 'd')
-        path = os.path.join(data, os.listdir(data)[0])
-        with open(path, 'r+b') as f:
-            f.seek(20)
-            byte = f.read(1)[0]
-            f.seek(20)
-            f.write(bytes([byte ^ 1]))
+        # they can be read, so that only their checksums tell
+        os.rename(os.path.join(mine, '1', 'params'), os.path.join(folder, 'away'))
+        os.rename(os.path.join(other, '1', 'params'), os.path.join(mine, '1', 'params'))
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert_refused(lambda: checkpoints.load('1', lambda meta: abstract), 'is damaged')
             assert_refused(lambda: checkpoints.load('latest', lambda meta: abstract),
@@ -1247,8 +1105,8 @@ def test_resumed_settings_come_from_the_checkpoint_unless_given():
 # the fixtures are float64, ours is float32: 1e-5 is its rounding in a sum of a few hundred terms
 @area(PARITY)
 def test_logits_loss_and_every_gradient_are_nanogpts():
-    # through both ways, the list of blocks and the scan over them
-    for name, way in itertools.product(VARIANTS, (jax_transformer.run_blocks, scan)):
+    # one by the list of blocks, one by the scan over them; test_ops.py compares these two
+    for name, way in zip(VARIANTS, (jax_transformer.run_blocks, scan)):
         data, _, model = golden(name)
         graphdef, params = nnx.split(model, nnx.Param)
 

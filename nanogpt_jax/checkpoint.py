@@ -109,7 +109,8 @@ def read_sealed(path):
     """The dict of a JSON file; None if it is not a sealed one. Raises OSError, and one of BAD_JSON
     if it is damaged."""
     with run_dir.open_file(path, 'rb') as f:
-        values = json.load(f)
+        text = f.read()
+    values = json.loads(text)  # outside, where in a bucket every error is one of reaching it
     if not isinstance(values, dict) or 'crc32' not in values:
         return None
     crc32 = values.pop('crc32')
@@ -592,6 +593,10 @@ class Checkpoints:
                     f'{there.get(name)} there and {here.get(name)} here; use the code that wrote '
                     'it, or start again with another --out_dir')
 
+    @by_process_0
+    def _is_there(self, step):
+        return step in self.steps()
+
     # orbax's handlers are called without its checkpointer, whose restore() waits for all processes
     # even if one of them has failed
     def _read(self, step, wanted, checksums):
@@ -612,6 +617,6 @@ class Checkpoints:
             if not changed:
                 return arrays
             text = damaged(folder, ValueError(f'its {changed[0]} are not what was saved'))
-        if read_meta(folder):  # else a run beside has deleted it
+        if self._is_there(step):  # else a run beside has deleted it
             self._give_up_on(step, text)
         return None

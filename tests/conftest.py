@@ -20,6 +20,9 @@ if hasattr(signal, 'SIGHUP'):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # without a GPU, JAX's CUDA plugin is used to compile for one; this check needs a driver
 os.environ['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'
+# pytest's own process has eight CPU devices to share work between, without processes for it
+os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
+                           + ' --xla_force_host_platform_device_count=8')
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -44,3 +47,12 @@ def folder(tmp_path):
     """A working directory with data/tiny."""
     from helpers import with_data
     return with_data(tmp_path)
+
+
+@pytest.fixture
+def unoptimized():
+    """Compile in half the time on a CPU, for claims that do not depend on XLA's optimizations."""
+    import jax
+    jax.config.update('jax_disable_most_optimizations', jax.default_backend() == 'cpu')
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)

@@ -9,11 +9,13 @@ import sys
 
 import jax
 import numpy as np
+import optax
 
 import jax_train_utils as utils
-from jax_transformer import GPTConfig
+from jax_transformer import GPTConfig, model_args
 from nanogpt_jax.checkpoint import Checkpoints
 from nanogpt_jax.sharding import make_mesh
+from test_jax_transformer import tiny
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -27,7 +29,8 @@ RESUME = ['--init_from=resume', '--device=cpu']
 
 # runs compile without most of XLA's optimizations, in half the time, unless OPTIMIZED is given:
 # what they claim does not depend on them
-ENV = {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'True', 'PYTHONPATH': ROOT}
+# and on one device, while pytest's own process has eight (conftest.py)
+ENV = {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'True', 'PYTHONPATH': ROOT, 'XLA_FLAGS': ''}
 OPTIMIZED = {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'False'}
 
 # conftest.py restricts each of pytest-xdist's workers to one; processes that wait for each other
@@ -82,9 +85,6 @@ def finish(process, stdin=None, timeout=300):
 
 def run(folder, script, *args, stdin=None, **kwargs):
     return finish(start(folder, script, *args, **kwargs), stdin)
-
-
-run_inside = run
 
 
 def train(folder, *args, **kwargs):
@@ -146,6 +146,14 @@ def one_line_error(result, *words, alone=False):
     assert not alone or len(lines) == 1, result.stderr
     for word in words:
         assert word in lines[-1], result.stderr
+
+
+def save_model(folder, config, chars):
+    """Write a checkpoint with the random weights of test_jax_transformer.tiny into out_jax."""
+    state = utils.create_train_state(tiny(**model_args(config)), optax.identity())
+    with Checkpoints(folder / 'out_jax') as checkpoints:
+        checkpoints.save(state, dict(iter_num=1, best_val_loss=1.0, model_args=model_args(config),
+                                     config={'always_save_checkpoint': True}, chars=chars))
 
 
 def saved(folder, out_dir, step):

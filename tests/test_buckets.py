@@ -111,7 +111,7 @@ def test_a_run_in_a_bucket_is_bit_for_bit_one_in_a_folder(folder, bucket):
     states = [saved(place, 'run', '13')[0] for place in (bucket, folder)]
     assert all(map(np.array_equal, *map(jax.tree.leaves, states)))
 
-    times = ('ms_per_iter', 'tokens_per_s')
+    times = ('ms_per_iter', 'tokens_per_s', 'mfu')
     lines = [[{k: v for k, v in line.items() if k not in times} for line in read_metrics(out_dir)]
              for out_dir in ('gs://bucket/run', str(folder / 'run'))]
     assert lines[0] == lines[1] and len(lines[0]) == 13 + 4

@@ -3,10 +3,8 @@
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -32,9 +30,10 @@ def data(tmp_path):
     return shutil.copytree(os.path.join(ROOT, 'data'), tmp_path / 'data', ignore=made)
 
 
-def prepare(folder, cwd, **env):
+def prepare(folder, **env):
     """The finished process of a folder's prepare.py."""
-    return run(cwd, folder / 'prepare.py', **NO_NETWORK | {'PYTHONIOENCODING': 'utf-8'} | env)
+    return run(folder.parent, str(folder / 'prepare.py'),
+               **NO_NETWORK | {'PYTHONIOENCODING': 'utf-8'} | env)
 
 
 def read_bins(folder):
@@ -49,17 +48,6 @@ class PlainUnpickler(pickle.Unpickler):
 def read_meta(folder):
     with open(folder / 'meta.pkl', 'rb') as f:
         return PlainUnpickler(f).load()
-
-
-@pytest.fixture
-def gpt2(monkeypatch):
-    """GPT-2's encoding, or a skipped test if its files are not cached: no test uses the network."""
-    for key, value in NO_NETWORK.items():
-        monkeypatch.setenv(key, value)
-    try:
-        return gpt2_encoding()
-    except UserError as e:
-        pytest.skip(str(e))
 
 
 # -----------------------------------------------------------------------------
@@ -99,6 +87,16 @@ def test_a_failed_write_keeps_the_old_files_and_leaves_no_other(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['train.bin', 'val.bin']
 
 
+def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path):
+    with common.locked(tmp_path):
+        with pytest.raises(UserError, match=f'another process is preparing {tmp_path}'):
+            with common.locked(tmp_path):
+                raise AssertionError
+    with common.locked(tmp_path), pytest.raises(UserError, match='cannot prepare .*start again'):
+        with common.locked(tmp_path / 'out'):
+            raise OSError('No space left on device')
+
+
 def test_texts_that_cannot_be_prepared_are_user_errors(tmp_path):
     (tmp_path / 'input.txt').write_bytes('caf\u00e9'.encode('latin-1'))
     with pytest.raises(UserError, match='input.txt is not UTF-8'):
@@ -113,12 +111,12 @@ def test_texts_that_cannot_be_prepared_are_user_errors(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# shakespeare_char, shakespeare
+# the scripts
 
-def test_characters_round_trip_and_are_split_in_order(data, tmp_path):
+def test_characters_round_trip_and_are_split_in_order(data):
     folder = data / 'shakespeare_char'
     (folder / 'input.txt').write_text(TEXT, encoding='utf-8', newline='')
-    result = prepare(folder, tmp_path)
+    result = prepare(folder)
     assert result.returncode == 0, result.stderr
 
     meta = read_meta(folder)
@@ -134,82 +132,9 @@ def test_characters_round_trip_and_are_split_in_order(data, tmp_path):
                           f'val has {len(val):,} tokens']
 
 
-def test_each_split_has_the_gpt2_tokens_of_its_text(data, tmp_path, gpt2):
-    folder = data / 'shakespeare'
-    (folder / 'input.txt').write_text(TEXT, encoding='utf-8', newline='')
-    result = prepare(folder, tmp_path)
-    assert result.returncode == 0, result.stderr
-
-    n = int(len(TEXT) * 0.9)
-    train, val = (ids.tolist() for ids in read_bins(folder))
-    assert train == gpt2.encode_ordinary(TEXT[:n]) and val == gpt2.encode_ordinary(TEXT[n:])
-    assert result.stdout.splitlines() == [f'train has {len(train):,} tokens',
-                                          f'val has {len(val):,} tokens']
-    assert not (folder / 'meta.pkl').exists()  # without it sample_jax.py decodes GPT-2's tokens
-
-
-WAIT = """
-import os, pickle, runpy, sys, time
-dump = pickle.dump
-def wait(*args):  # beside train.bin and val.bin, until a file named go exists
-    end = time.monotonic() + 60
-    while not os.path.exists('go') and time.monotonic() < end:
-        open('waits', 'w').close()
-        time.sleep(0.01)
-    dump(*args)
-pickle.dump = wait
-runpy.run_path(sys.argv[1], run_name='__main__')
-"""
-
-
-def test_a_second_prepare_in_one_folder_is_refused(data, tmp_path):
-    folder = data / 'shakespeare_char'
-    (folder / 'input.txt').write_text(TEXT, encoding='utf-8', newline='')
-    first = subprocess.Popen([sys.executable, '-c', WAIT, folder / 'prepare.py'], cwd=tmp_path)
-    while not (tmp_path / 'waits').exists():
-        assert first.poll() is None
-        time.sleep(0.01)
-    (folder / 'input.txt').write_text('another text\n')
-    second = prepare(folder, tmp_path)
-    (tmp_path / 'go').touch()
-    assert first.wait(60) == 0
-    meta, (train, val) = read_meta(folder), read_bins(folder)
-    assert ''.join(meta['itos'][i] for i in [*train.tolist(), *val.tolist()]) == TEXT
-    one_line_error(second, f'another process is preparing {folder}', alone=True)
-
-
-def test_a_failed_download_is_one_line_and_leaves_no_file(data, tmp_path):
-    name = 'shakespeare'
-    before = sorted([*os.listdir(data / name), 'prepare.lock'])
-    result = prepare(data / name, tmp_path)
-    one_line_error(result, common.tinyshakespeare_url, str(data / name / 'input.txt'), alone=True)
-    assert sorted(os.listdir(data / name)) == before
-
-
-def test_a_tokenizer_that_cannot_be_downloaded_names_the_cache_folder(data, tmp_path):
-    pytest.importorskip('tiktoken')
-    folder = data / 'shakespeare'
-    (folder / 'input.txt').write_text(TEXT, encoding='utf-8')
-    result = prepare(folder, tmp_path, TIKTOKEN_CACHE_DIR=str(tmp_path / 'empty'))
-    one_line_error(result, 'TIKTOKEN_CACHE_DIR', alone=True)
-    assert not (folder / 'train.bin').exists()
-
-
-@pytest.mark.parametrize('name, module', [('shakespeare', 'tiktoken'), ('openwebtext', 'datasets')])
-def test_a_missing_package_is_one_line_with_the_command_that_installs_it(
-        data, tmp_path, name, module):
-    (data / name / 'input.txt').write_text('text')
-    (tmp_path / f'{module}.py').write_text(f'raise ImportError("No module named {module}")')
-    result = prepare(data / name, tmp_path, PYTHONPATH=str(tmp_path))
-    one_line_error(result, f'pip install {module}', alone=True)
-
-
-# -----------------------------------------------------------------------------
-# pydoc_char
-
-def test_pydoc_is_prepared_without_a_network_and_all_of_its_ids_occur(data, tmp_path):
+def test_pydoc_is_prepared_without_a_network_and_all_of_its_ids_occur(data):
     # stdout in ASCII cannot have all characters that the script prints
-    result = prepare(data / 'pydoc_char', tmp_path, PYTHONIOENCODING='ascii')
+    result = prepare(data / 'pydoc_char', PYTHONIOENCODING='ascii')
     assert result.returncode == 0, result.stderr
     meta = read_meta(data / 'pydoc_char')
     ids = np.concatenate(read_bins(data / 'pydoc_char'))
@@ -218,3 +143,38 @@ def test_pydoc_is_prepared_without_a_network_and_all_of_its_ids_occur(data, tmp_
     from pydoc_data.topics import topics
     text = ''.join(meta['itos'][i] for i in ids.tolist())
     assert text == '\n\n'.join(topics[key] for key in sorted(topics))
+
+
+def test_a_failed_download_is_one_line_and_leaves_no_file(data):
+    folder = data / 'shakespeare'
+    before = sorted([*os.listdir(folder), 'prepare.lock'])
+    result = prepare(folder)
+    one_line_error(result, common.tinyshakespeare_url, str(folder / 'input.txt'), alone=True)
+    assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.slow
+def test_each_split_has_the_gpt2_tokens_of_its_text(data, monkeypatch):
+    for key, value in NO_NETWORK.items():  # no test uses the network
+        monkeypatch.setenv(key, value)
+    folder = data / 'shakespeare'
+    (folder / 'input.txt').write_text(TEXT, encoding='utf-8', newline='')
+    result = prepare(folder)
+    try:
+        gpt2 = gpt2_encoding()
+    except UserError as e:
+        one_line_error(result, 'TIKTOKEN_CACHE_DIR', alone=True)
+        pytest.skip(str(e))
+    assert result.returncode == 0, result.stderr
+    n = int(len(TEXT) * 0.9)
+    train, val = (ids.tolist() for ids in read_bins(folder))
+    assert train == gpt2.encode_ordinary(TEXT[:n]) and val == gpt2.encode_ordinary(TEXT[n:])
+    assert not (folder / 'meta.pkl').exists()  # without it sample_jax.py decodes GPT-2's tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, module', [('shakespeare', 'tiktoken'), ('openwebtext', 'datasets')])
+def test_a_missing_package_is_one_line_with_the_command_that_installs_it(data, name, module):
+    (data / name / 'input.txt').write_text('text')
+    (data / f'{module}.py').write_text(f'raise ImportError("No module named {module}")')
+    one_line_error(prepare(data / name, PYTHONPATH=str(data)), f'pip install {module}', alone=True)

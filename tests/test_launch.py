@@ -14,9 +14,7 @@ import threading
 
 import jax
 import pytest
-from helpers import (
-    ROOT, TINY, finish, one_line_error, run, run_inside, start, start_processes,
-)
+from helpers import ROOT, TINY, finish, run, start_processes
 
 from nanogpt_jax import errors, launch
 
@@ -49,13 +47,17 @@ def use(monkeypatch, env):
 # launchers
 
 @pytest.mark.parametrize('env, words', [
-    ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '2'}, ["'2'", 'index of this one, from 0']),
+    ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '2'}, "'2'.*index of this one, from 0"),
     ({'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0', 'JAX_COORDINATOR_ADDRESS': 'node1'},
-     ["'node1'", 'node1:1234']),
-    ({'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'node1'},
-     ['MASTER_PORT', "''", 'torchrun', 'JAX_README.md'])])
-def test_wrong_process_variables_are_refused(folder, env, words):
-    one_line_error(run_inside(folder, 'train_jax.py', *TINY, **env), *words)
+     "node1:1234.*'node1'"),
+    ({'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'node1'}, "MASTER_PORT .here ''.*torchrun")])
+def test_wrong_process_variables_are_refused(monkeypatch, initialized, env, words):
+    use(monkeypatch, env)
+    with pytest.raises(errors.UserError, match=words):
+        launch.start_processes('cpu', 100)
+    with pytest.raises(errors.UserError, match='heartbeat_timeout is 0; .*at least 1'):
+        launch.start_processes('cpu', 0)
+    assert not initialized
 
 
 TORCHRUN = {'RANK': '9', 'LOCAL_RANK': '1', 'WORLD_SIZE': '16', 'LOCAL_WORLD_SIZE': '8',
@@ -89,13 +91,14 @@ def test_a_port_at_which_something_listens_is_refused(monkeypatch, initialized):
     assert not initialized
 
 
-def test_processes_cannot_be_connected_once_jax_is_in_use(folder):
-    code = f'import jax, runpy; jax.devices(); runpy.run_path({ROOT + "/train_jax.py"!r})'
-    env = TORCHRUN | {'RANK': '0', 'MASTER_ADDR': 'localhost'}
-    one_line_error(run(folder, '-c', code, *TINY, **env),
-                   'before JAX is used', 'not inside a notebook')
+def test_processes_cannot_be_connected_once_jax_is_in_use(monkeypatch):
+    use(monkeypatch, TORCHRUN)
+    jax.devices()
+    with pytest.raises(errors.UserError, match='before JAX is used.*not inside a notebook'):
+        launch.start_processes('auto', 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rank', ['0', '1'])
 def test_a_missing_process_is_waited_for_as_long_as_told_and_named_in_one_line(folder, rank):
     with socket.create_server(('', 0)) as server:
@@ -138,14 +141,11 @@ def test_a_tpu_is_initialized_as_several_only_with_several_workers(
     assert initialized == [{}] * several
 
 
-def test_the_workers_of_a_tpu_are_read_from_a_file(monkeypatch, tmp_path):
-    path = tmp_path / 'addresses'
-    use(monkeypatch, {'TPU_PROCESS_ADDRESSES_PATH': str(path), 'TPU_PROCESS_ADDRESSES': 'a,b'})
-    path.write_text('a:8476\n')
+def test_the_workers_of_a_tpu_are_read_from_a_file_and_none_without_a_server(monkeypatch, tmp_path):
+    use(monkeypatch, {'TPU_PROCESS_ADDRESSES_PATH': str(tmp_path / 'a'),
+                      'TPU_PROCESS_ADDRESSES': 'a,b'})
+    (tmp_path / 'a').write_text('a:8476\n')
     assert not launch.has_tpu_workers()
-
-
-def test_without_a_metadata_server_there_is_no_metadata(monkeypatch):
     with socket.create_server(('127.0.0.1', 0)) as server:
         address = f'127.0.0.1:{server.getsockname()[1]}'
     monkeypatch.setenv('GCE_METADATA_IP', address)  # where nobody listens any more
@@ -180,6 +180,7 @@ jax.block_until_ready(for_ever(1))
 """
 
 
+@pytest.mark.slow
 def test_the_first_process_announces_a_signal_to_another_and_a_second_one_ends_each_at_once():
     started = start_processes(ROOT, 2, COMPUTES_FOR_EVER, script='-c')
     kill = threading.Timer(60, lambda: [process.kill() for process in started])
@@ -230,7 +231,8 @@ class NotebookStream(io.StringIO):
     reconfigure = property()
 
 
-def test_scripts_leave_the_streams_of_a_notebook_as_they_are(folder, monkeypatch, capsys):
+@pytest.mark.slow
+def test_scripts_leave_the_streams_of_a_notebook_as_they_are(folder):
     script = textwrap.dedent("""
         import os, runpy, signal, sys
         from test_launch import NotebookStream
@@ -251,10 +253,12 @@ def test_scripts_leave_the_streams_of_a_notebook_as_they_are(folder, monkeypatch
         assert signal.set_wakeup_fd(-1) == wakeup_fd
     """).replace('ROOT', ROOT)
     path = os.pathsep.join([ROOT, os.path.join(ROOT, 'tests')])
-    result = finish(start(folder, '-c', script, *TINY, '--max_iters=2', PYTHONPATH=path))
+    result = run(folder, '-c', script, *TINY, '--max_iters=2', PYTHONPATH=path)
     assert result.returncode == 0, result.stderr
     assert 'iter 2: loss' in result.stdout and '\nabc' in result.stdout
-    # IPython in a terminal has streams like any other program
+
+
+def test_ipython_in_a_terminal_keeps_its_streams(monkeypatch):
     monkeypatch.setattr(builtins, '__IPYTHON__', True, raising=False)
     monkeypatch.setattr(sys, 'stdout', stdout := io.TextIOWrapper(io.BytesIO()))
     launch.keep_stdout_open()

@@ -38,6 +38,7 @@ def assert_ran(cells, iters):
     assert f'iter {iters // 4 * 5}: loss' in resume
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_on_a_cpu(tmp_path, monkeypatch):
     nbclient = pytest.importorskip('nbclient', reason='nbclient is not installed')
     pytest.importorskip('ipykernel', reason='ipykernel is not installed')

@@ -128,7 +128,7 @@ def loss_and_gradients(weights, n_layer, n_head, idx, targets):
 
 # -----------------------------------------------------------------------------
 
-@pytest.mark.xdist_group('memory')
+@pytest.mark.slow
 @pytest.mark.parametrize('batch_size, with_target, settings', [
     # config/train_shakespeare_char.py's model, with a quarter of its batch, and two of its six
     # blocks, all of one size

@@ -5,15 +5,13 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import tiktoken
 from corpus import DOCS, TINY, WAITING, tiny_encoding
-from helpers import ROOT, one_line_error
+from helpers import ROOT, one_line_error, run
 
 from nanogpt_jax.errors import UserError
 
@@ -103,91 +101,6 @@ def test_a_tokenizer_that_does_not_fit_uint16_is_refused(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# prepare.py in processes, if the datasets package is installed
-
-# runs prepare.py with tiny_encoding, which at a document with 'wait here' waits until a file named
-# go exists, for a minute at most
-RUN = f"""
-import os, runpy, sys, time
-sys.path[:0] = [{os.path.join(ROOT, 'tests')!r}, {os.path.join(ROOT, 'data')!r}]
-import common, corpus, tiktoken
-common.gpt2_encoding, encode = corpus.tiny_encoding, tiktoken.Encoding.encode_to_numpy
-def wait(self, text, **kwargs):
-    end = time.monotonic() + 60
-    while 'wait here' in text and not os.path.exists('go') and time.monotonic() < end:
-        open('waits', 'w').close()
-        time.sleep(0.01)
-    return encode(self, text, **kwargs)
-tiktoken.Encoding.encode_to_numpy = wait
-sys.argv[0] = 'prepare.py'
-runpy.run_path({SCRIPT!r}, run_name='__main__')
-"""
-
-
-def start(folder, *flags, before=''):
-    env = {**os.environ, 'HF_HOME': str(folder / 'hf'), 'HF_HUB_OFFLINE': '1'}
-    return subprocess.Popen([sys.executable, '-c', before + RUN, *flags], cwd=folder, env=env,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process):
-    """The subprocess.CompletedProcess of a process."""
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def start_and_wait(folder, *flags):
-    """A process that waits in the middle of train.bin, when it has written val.bin's tokens."""
-    process = start(folder, *flags)
-    while not (folder / 'waits').exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    (folder / 'waits').unlink()
-    return process
-
-
-def test_a_second_process_is_refused_and_a_killed_one_changes_nothing(tmp_path):
-    pytest.importorskip('datasets')
-    write_files(tmp_path / 'in', 'jsonl', WAITING)
-    assert 'wait here' in split(WAITING, 0.1)[0]
-    flags = ['--input=in/*.jsonl', '--out_dir=out', '--num_proc=2', '--val_share=0.1']
-    first = start_and_wait(tmp_path, *flags)
-    # a larger share, so that val.bin would have other tokens
-    second = finish(start(tmp_path, *flags, '--val_share=0.3'))
-    (tmp_path / 'go').touch()
-    assert finish(first).returncode == 0
-    expected = [expected_bytes(part) for part in split(WAITING, 0.1)]
-    assert made(tmp_path / 'out') == expected
-    one_line_error(second, 'another process is preparing out', alone=True)
-
-    (tmp_path / 'go').unlink()
-    killed = start_and_wait(tmp_path, *flags, '--val_share=0.3')
-    killed.kill()
-    killed.communicate()
-    assert made(tmp_path / 'out') == expected
-    (tmp_path / 'go').touch()
-    result = finish(start(tmp_path, *flags, '--val_share=0.3'))
-    assert result.returncode == 0 and result.stderr == ''  # no progress bar without a terminal
-    assert made(tmp_path / 'out') == [expected_bytes(part) for part in split(WAITING, 0.3)]
-    assert sorted(os.listdir(tmp_path / 'out')) == ['prepare.lock', 'train.bin', 'val.bin']
-
-
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
-    pytest.importorskip('datasets')
-    write_files(tmp_path / 'in', 'txt')
-    full = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n'
-    result = finish(start(tmp_path, '--input=in/*.txt', '--out_dir=out', before=full))
-    one_line_error(result, 'cannot prepare out', 'File too large', 'start again', alone=True)
-    assert os.listdir(tmp_path / 'out') == ['prepare.lock']
-
-
-def test_a_data_set_that_cannot_be_loaded_ends_the_process_with_one_line(tmp_path):
-    pytest.importorskip('datasets')
-    one_line_error(finish(start(tmp_path, '--out_dir=out')),
-                   'cannot load Skylion007/openwebtext', '--revision=', alone=True)
-
-
-# -----------------------------------------------------------------------------
 # prepare.py as functions, if the datasets package is installed
 
 @pytest.fixture
@@ -222,8 +135,7 @@ def test_several_patterns_a_share_and_a_column_can_be_chosen(tmp_path, script):
         ''.join(json.dumps({'text': 0, 'body': doc}) + '\n' for doc in DOCS[:50]))
     (tmp_path / 'b.jsonl').write_text(
         ''.join(json.dumps({'body': doc}) + '\n' for doc in DOCS[50:]))
-    script.run('--input=b.jsonl,*.jsonl', '--text_column=body', '--out_dir=out',
-                   '--val_share=0.1')
+    script.run('--input=b.jsonl,*.jsonl', '--text_column=body', '--out_dir=out', '--val_share=0.1')
     assert made(tmp_path / 'out') == [
         expected_bytes(part) for part in split(DOCS[50:] + DOCS[:50], 0.1)]
 
@@ -264,18 +176,6 @@ def test_any_data_set_of_the_hub_can_be_chosen_by_name(tmp_path, script):
         script.run('--repo=repo', '--out_dir=out')
 
 
-def test_the_tokens_are_gpt2s(tmp_path, script, monkeypatch):
-    monkeypatch.setenv('HTTPS_PROXY', 'http://127.0.0.1:9')  # no test uses the network
-    try:
-        gpt2 = common.gpt2_encoding()
-    except UserError as e:
-        pytest.skip(str(e))
-    monkeypatch.setattr(script, 'gpt2_encoding', common.gpt2_encoding)
-    write_files(tmp_path / 'in', 'jsonl')
-    script.run('--input=in/*.jsonl', '--out_dir=out')
-    assert made(tmp_path / 'out') == [expected_bytes(part, gpt2) for part in split(DOCS)]
-
-
 def own_bytes(out, texts):
     """As expected_bytes, by out's tokenizer.json."""
     tokenizer = pytest.importorskip('tokenizers').Tokenizer.from_file(str(out / 'tokenizer.json'))
@@ -299,7 +199,6 @@ def test_a_tokenizer_is_trained_on_the_documents_for_training_and_used(
     assert ''.join(seen) == ''.join(train)[:3000]
     assert made(out) == [own_bytes(out, part) for part in (train, val)]
     assert len(made(out)[0]) < 2 * sum(len(doc.encode()) for doc in train)  # merges are learned
-    assert 'tokenizer.json has 270 tokens, trained in' in capsys.readouterr().out
     first, tokenizer = made(out), (out / 'tokenizer.json').read_text()
 
     script.run(*flags[:2], flags[3])  # without the flag it is used too
@@ -311,53 +210,73 @@ def test_a_tokenizer_is_trained_on_the_documents_for_training_and_used(
     with pytest.raises(UserError, match='out has a train.bin of other tokens'):
         script.run(*flags)
     assert made(out) == first
-    (out / 'tokenizer.json').write_text(json.dumps({'added_tokens': [], 'model': {
-        'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'a'}}))
-    with pytest.raises(UserError, match='no token that ends a document.*<|endoftext|>'):
-        script.run(*flags[:2])
 
 
-BAD = {  # the content of a file, and words of the error
-    'broken.jsonl': ('{"text": "a"}\n{"text": "b"\n', ['broken.jsonl', 'row 1']),
-    'null.jsonl': ('{"text": "a"}\n{"text": null}\n', ['null.jsonl', "column 'text'", '1 nulls']),
-    'other.jsonl': ('{"content": "a", "url": "b"}\n',
-                    ["no column 'text'", "['content', 'url']", '--text_column=']),
-    'latin.jsonl': ('{"text": "caf\u00e9"}\n', ['latin.jsonl', 'UTF8']),
-    'latin.txt': ('caf\u00e9', ['latin.txt is not UTF-8']),
-    'broken.parquet': ('no parquet', ['broken.parquet', 'Parquet']),
-    'one.txt': ('a single text',
-                ['--val_share=0.0005 of 1 documents', 'data/shakespeare/prepare.py']),
-    'a.txt,a.csv': ('text\n', ["'.csv', '.txt'"]),
-}
-
-
-@pytest.mark.parametrize('name', BAD)
-def test_a_file_that_cannot_be_used_is_refused_with_the_reason(tmp_path, script, name):
-    for path in name.split(','):
-        (tmp_path / path).write_bytes(BAD[name][0].encode('latin-1'))
-    with pytest.raises(UserError) as e:
+@pytest.mark.parametrize('name, content, words', [
+    ('broken.jsonl', '{"text": "a"}\n{"text": "b"\n', 'broken.jsonl.*row 1'),
+    ('null.jsonl', '{"text": "a"}\n{"text": null}\n', "null.jsonl.*column 'text'.*1 nulls"),
+    ('other.jsonl', '{"content": "a", "url": "b"}\n', "no column 'text'.*--text_column="),
+    ('latin.txt', 'caf\u00e9', 'latin.txt is not UTF-8'),
+    ('one.txt', 'a single text', '--val_share=0.0005 of 1 documents.*shakespeare/prepare.py')])
+def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
+        tmp_path, script, name, content, words):
+    (tmp_path / name).write_bytes(content.encode('latin-1'))
+    with pytest.raises(UserError, match=words):
         script.run(f'--input={name}', '--out_dir=out')
-    assert '\n' not in str(e.value) and all(word in str(e.value) for word in BAD[name][1]), e.value
     assert not os.path.exists('out/train.bin')
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--input=*.none', '--out_dir=out'], ['no file matches *.none']),
-    (['--input=pipe.txt', '--out_dir=out'], ['pipe.txt is not a file']),
-    (['--input=a.txt'], ['--input needs --out_dir']),
-    (['--input=a.txt', '--out_dir=out', '--repo=x'], ['--input is for local files']),
-    (['--text_column=x'], ['--text_column belongs to --input or --repo']),
-    (['--train_tokenizer=65537'], ['--train_tokenizer is 65537', 'to 65536', 'uint16']),
-    (['--num_proc=0'], ['--num_proc is 0']),
-    (['--nope=1'], ['--nope=1', '--help']),
-    (['--out_dir=has_meta'], ['meta.pkl', '--out_dir']),
-    (['--input=a.txt', '--out_dir=a.txt'], ['cannot prepare a.txt', 'exists']),
-], ids=str)
+    (['--input=*.none', '--out_dir=out'], 'no file matches'),
+    (['--input=a.txt'], '--input needs --out_dir'),
+    (['--input=a.txt', '--out_dir=out', '--repo=x'], '--input is for local files'),
+    (['--text_column=x'], '--text_column belongs to --input or --repo'),
+    (['--train_tokenizer=65537'], '--train_tokenizer is 65537.*to 65536.*uint16'),
+    (['--num_proc=0'], '--num_proc is 0'),
+    (['--nope=1'], '--nope=1.*--help'),
+    (['--out_dir=has_meta'], 'meta.pkl.*--out_dir')], ids=str)
 def test_wrong_flags_are_refused(tmp_path, script, flags, words):
     (tmp_path / 'a.txt').write_text('text')
-    os.mkfifo(tmp_path / 'pipe.txt')
     (tmp_path / 'has_meta').mkdir()
     (tmp_path / 'has_meta' / 'meta.pkl').touch()
-    with pytest.raises(UserError) as e:
+    with pytest.raises(UserError, match=words):
         script.run(*flags)
-    assert '\n' not in str(e.value) and all(word in str(e.value) for word in words), e.value
+
+
+# -----------------------------------------------------------------------------
+# a process that ends while it writes
+
+# runs prepare.py with tiny_encoding, which ends the process at a document with 'wait here'
+RUN = f"""
+import os, runpy, sys
+sys.path[:0] = [{os.path.join(ROOT, 'tests')!r}, {os.path.join(ROOT, 'data')!r}]
+import common, corpus, tiktoken
+common.gpt2_encoding, encode = corpus.tiny_encoding, tiktoken.Encoding.encode_to_numpy
+def end(self, text, **kwargs):
+    if 'wait here' in text:
+        os.kill(os.getpid(), 9)
+    return encode(self, text, **kwargs)
+tiktoken.Encoding.encode_to_numpy = end
+runpy.run_path({SCRIPT!r}, run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_changes_nothing_and_a_full_disk_is_one_line(tmp_path, script):
+    write_files(tmp_path / 'in', 'jsonl', WAITING)
+    assert 'wait here' in split(WAITING, 0.1)[0]
+    flags = ['--input=in/*.jsonl', '--out_dir=out', '--num_proc=2']
+    script.run(*flags, '--val_share=0.1')
+    expected = [expected_bytes(part) for part in split(WAITING, 0.1)]
+    env = {'HF_HOME': str(tmp_path / 'hf'), 'HF_HUB_OFFLINE': '1'}
+    # a larger share, so that val.bin would have other tokens
+    assert run(tmp_path, '-c', RUN, *flags, '--val_share=0.3', **env).returncode == -9
+    assert made(tmp_path / 'out') == expected
+    full = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n'
+    code = full + RUN.replace('wait here', 'none')
+    result = run(tmp_path, '-c', code, *flags, '--val_share=0.3', **env)
+    one_line_error(result, 'cannot prepare out', 'File too large', 'start again', alone=True)
+    assert made(tmp_path / 'out') == expected
+    script.run(*flags, '--val_share=0.3')
+    assert made(tmp_path / 'out') == [expected_bytes(part) for part in split(WAITING, 0.3)]
+    assert sorted(os.listdir(tmp_path / 'out')) == ['prepare.lock', 'train.bin', 'val.bin']

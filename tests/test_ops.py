@@ -21,13 +21,7 @@ from nanogpt_jax.ops import (
 from nanogpt_jax.sharding import is_matmul, shard_batch
 from test_jax_transformer import one_device_mesh, scan, tiny, tokens
 
-
-@pytest.fixture(autouse=True)
-def without_most_optimizations():
-    """Compile in half the time on a CPU; what these tests claim of it does not depend on them."""
-    jax.config.update('jax_disable_most_optimizations', jax.default_backend() == 'cpu')
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('unoptimized')
 
 
 def test_attention_in_parts_equals_masked_attention():
@@ -45,6 +39,7 @@ def test_attention_in_parts_equals_masked_attention():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # sums over T
 
 
+@pytest.mark.slow
 def test_splash_attention_equals_causal_attention():
     # padded to three blocks of 384 tokens in each direction. Tracing the interpreted kernels takes
     # seconds; without a TPU nothing else shows their numbers
@@ -168,25 +163,26 @@ def test_dropout_zeroes_the_given_fraction_and_scales_the_rest():
     assert abs((y == 0).mean() - 0.2) < bound
 
 
-@pytest.mark.parametrize('way', [run_blocks, scan])
-def test_remat_and_the_scan_give_the_same_gradient_and_remat_saves_less(way):
+def test_remat_and_the_scan_give_the_same_gradient_and_remat_saves_less():
     x, y = tokens(2, 16), tokens(2, 16, seed=1)
+    params = nnx.state(tiny(n_layer=2), nnx.Param)
 
     def loss(params, remat, way):
-        graphdef = nnx.split(tiny(n_layer=3, dropout=0.2, remat=remat), nnx.Param)[0]
+        graphdef = nnx.split(tiny(n_layer=2, dropout=0.2, remat=remat), nnx.Param)[0]
         rngs = nnx.Rngs(dropout=jax.random.key(0))
         return nnx.merge(graphdef, params)(x, y, rngs=rngs, run_blocks=way)[1]
-    params, saved = nnx.state(tiny(n_layer=3), nnx.Param), {}
-    n_params = 3 * 12 * 32 ** 2  # matmuls save their weights
-    want = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, False, run_blocks)
-    for remat in (False, True):
-        residuals = jax.eval_shape(
-            lambda p, remat=remat: jax.vjp(partial(loss, remat=remat, way=way), p)[1], params)
-        saved[remat] = sum(a.size for a in jax.tree.leaves(residuals)) - n_params
-        got = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, remat, way)
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+
+    def saved(*how):
+        """Numbers saved for the backward pass, beside the weights, which matmuls save."""
+        residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, *how), p)[1], params)
+        return sum(a.size for a in jax.tree.leaves(residuals)) - sum(
+            p.size for p in jax.tree.leaves(nnx.state(tiny(n_layer=2).transformer.h)))
+    grad = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
+    want = grad(params, False, run_blocks)
+    for way in (run_blocks, scan):
+        for a, b in zip(jax.tree.leaves(grad(params, True, way)), jax.tree.leaves(want)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)  # sums in another order
-    assert saved[True] < saved[False] / 2
+        assert saved(True, way) < saved(False, way) / 2
 
 
 def test_an_evaluation_with_remat_gives_the_same_losses():

@@ -3,18 +3,16 @@
 
 import os
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import ROOT, one_line_error, run, with_data
+from helpers import ROOT
 
 import jax_train_utils as utils
 from jax_transformer import GPTConfig
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.ops import causal_attention, gelu
 from nanogpt_jax.pretrained import GPT2_SHAPES
 from tools import sizing
 
@@ -41,19 +39,12 @@ def flops(f, *args):
 
 def test_the_figures_of_124M_are_nanogpts_published_ones():
     config = GPTConfig(vocab_size=50257, bias=False)
-    model, blocks = model_of(config), 12
+    model = model_of(config)
     params, _ = sizing.count_parameters(model)
-    assert params == {
-        'wpe': 786432, 'wte': 38597376, 'h.attn.c_attn': blocks * 1769472,
-        'h.attn.c_proj': blocks * 589824, 'h.ln_1': blocks * 768, 'h.ln_2': blocks * 768,
-        'h.mlp.c_fc': blocks * 2359296, 'h.mlp.c_proj': blocks * 2359296, 'ln_f': 768}
+    assert params['wte'] == 38597376 and params['h.mlp.c_fc'] == 12 * 2359296
     assert sum(params.values()) == 124337664
     forward = forward_flops(config)
-    assert forward == {
-        'h.attn.c_attn': blocks * 3623878656, 'h.attn.scores': blocks * 1610612736,
-        'h.attn.values': blocks * 1610612736, 'h.attn.c_proj': blocks * 1207959552,
-        'h.mlp.c_fc': blocks * 4831838208, 'h.mlp.c_proj': blocks * 4831838208,
-        'head': 79047426048}
+    assert forward['h.attn.scores'] == 12 * 1610612736 and forward['head'] == 79047426048
     assert sum(forward.values()) == 291648307200
     assert model.estimate_mfu(1, 1.0, peak_flops=1.0) == 875062886400  # 6N + 12LHQT
     memory = sizing.device_memory(config, 12, 40)
@@ -108,11 +99,11 @@ def test_flops_of_the_model_are_those_of_the_compiled_program():
     assert 3 * forward < gradient < 1.05 * 3 * forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('micro_steps, batch_size, settings', [
     (2, 4, SMALL),  # mostly activations
     (2, 1, SMALL | dict(block_size=32)),  # mostly gradients
-    (1, 4, SMALL | dict(vocab_size=8192)),  # logits
-])
+    (1, 4, SMALL | dict(vocab_size=8192))])  # logits
 def test_memory_is_that_of_the_compiled_training_step(micro_steps, batch_size, settings):
     config = GPTConfig(**settings)
     memory = sizing.device_memory(config, batch_size, micro_steps)
@@ -143,68 +134,43 @@ def test_the_memory_is_within_10_percent_of_an_h100s_compiled_step():
         assert 0.9 < estimate / 2**30 / GiB < 1.03, (batch_size, settings)
 
 
-def saved_bytes(f, *args):
-    """Bytes that JAX saves of f for its backward pass, by tracing alone."""
-    leaves = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], *args))
-    return sum(a.size * a.dtype.itemsize for a in leaves)
-
-
-def test_bytes_saved_of_each_part_are_among_those_that_jax_saves():
-    config = GPTConfig(**SMALL, dtype='bfloat16')
-    C, L, nh = config.n_embd, config.n_layer, config.n_head
-    saved, _ = sizing.count_saved(config)
-    block = model_of(config).transformer.h[0]
-
-    def activation(*shape):  # of one sequence
-        return jax.ShapeDtypeStruct((1, config.block_size, *shape), jnp.bfloat16)
-    for part, layer, n_in in (('h.attn.c_attn', block.attn.c_attn, C),
-                              ('h.attn.c_proj', block.attn.c_proj, C),
-                              ('h.mlp.c_fc', block.mlp.c_fc, C),
-                              ('h.mlp.c_proj', block.mlp.c_proj, 4 * C)):
-        graphdef, state = nnx.split(layer, nnx.Param)
-        found = saved_bytes(lambda x, state, g=graphdef: nnx.merge(g, state)(x),
-                            activation(n_in), state)
-        assert found - 4 * layer.kernel.size == saved[part] / L, part
-    assert saved_bytes(gelu, activation(4 * C)) == saved['h.mlp.gelu'] / L
-    # attention saves results of elementwise operations too, which a compiler may recompute
-    heads = activation(nh, C // nh)
-    counted = (saved['h.attn.scores'] + saved['h.attn.values']) / L
-    assert counted <= saved_bytes(causal_attention, heads, heads, heads) <= 3 * counted
-
-
 # -----------------------------------------------------------------------------
 # the command line
 
-def test_the_document_shows_lines_that_are_printed():
-    printed = run(ROOT, 'tools.sizing').stdout.splitlines()
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """A function that runs tools.sizing with these settings, and returns what it prints."""
+    def main(**settings):
+        for name, value in settings.items():
+            monkeypatch.setattr(sizing, name, value)
+            monkeypatch.setitem(sizing.config, name, value)
+        sizing.main()
+        return capsys.readouterr().out
+    monkeypatch.setattr(sizing, 'select_devices', lambda device: None)
+    return main
+
+
+def test_the_document_shows_lines_that_are_printed(monkeypatch, printed):
+    monkeypatch.chdir(ROOT)
     with open(os.path.join(ROOT, 'docs', 'sizing.md'), encoding='utf-8') as f:
-        shown = f.read().split('```\n')[2]  # after the commands and a paragraph
-    assert set(shown.splitlines()) <= set(printed)
+        shown = f.read().split('```\n')[2].splitlines()  # after the commands and a paragraph
+    assert len(shown) > 5 and not set(shown) - set(printed().splitlines())
 
 
-def test_a_config_of_training_gives_its_model_with_the_vocabulary_of_its_data(tmp_path):
-    folder = with_data(tmp_path)
-    shutil.copytree(folder / 'data' / 'tiny', folder / 'data' / 'shakespeare_char')
-    result = run(folder, 'tools.sizing', os.path.join(ROOT, 'config', 'train_shakespeare_char.py'))
-    out = result.stdout
-    assert result.returncode == 0 and 'WARNING' not in out, out + result.stderr
-    assert re.search(r'^6 layers, 6 heads, 384 wide, 256 tokens, .* '
-                     r'vocabulary 20$', out, re.M)
-    assert '5,000 iterations of 16,384 tokens' in out
-    # the config has dropout, so cuDNN's kernel is not used, as in training
+def test_a_config_of_training_gives_its_model_with_the_vocabulary_of_its_data(
+        folder, monkeypatch, printed):
+    monkeypatch.chdir(folder)
+    out = printed(dataset='tiny', n_layer=2, n_head=2, n_embd=64, dropout=0.1, batch_size=4)
+    assert re.search(r'^2 layers, 2 heads, 64 wide, .* vocabulary 20$', out, re.M)
+    # cuDNN's kernel has no dropout, so it is not used, as in training
     assert 'xla attention' in out and '\nh.dropout ' in out
-    one_line_error(run(folder, 'tools.sizing', '--batch_size=0'), 'batch_size is 0')
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(utilization=40.0), ['utilization is 40', 'at most 1']),
-    (dict(peak=0.0), ['peak is 0', 'more than 0']),
-    (dict(init_from='resume'), ["'resume'", 'gpt2-xl', 'n_layer']),
-])
-def test_a_mistake_is_one_line(monkeypatch, settings, words):
-    for name, value in settings.items():
-        monkeypatch.setattr(sizing, name, value)
-        monkeypatch.setitem(sizing.config, name, value)
-    with pytest.raises(UserError) as e:
-        sizing.check()
-    assert '\n' not in str(e.value) and all(word in str(e.value) for word in words), e.value
+    (dict(utilization=40.0), 'utilization is 40.*at most 1'),
+    (dict(peak=0.0), 'peak is 0.*more than 0'),
+    (dict(batch_size=0), 'batch_size is 0'),
+    (dict(init_from='resume'), "'resume'.*n_layer.*gpt2-xl")])
+def test_a_mistake_is_one_line(printed, settings, words):
+    with pytest.raises(UserError, match=words):
+        printed(**settings)

@@ -33,6 +33,7 @@ from nanogpt_jax.checkpoint import Checkpoints, steps_on_disk
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.launch import RobustStream, open_closed_streams
 from nanogpt_jax.run_dir import LOCK, hold_out_dir, release_out_dir
+from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.signals import StopRequest
 
 # orbax's other reads, when one has failed
@@ -308,7 +309,7 @@ def toy_state(seed):
 
 
 def abstract(meta):
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.NamedSharding(make_mesh(jax.devices()), jax.sharding.PartitionSpec())
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), toy_state(0))
 
@@ -558,9 +559,11 @@ def test_validation_losses_are_compared_with_those_measured_alike(out_dir, capsy
         assert checkpoints.best_val_loss(easy) == 1e9
         assert 'measured with another dataset: the best starts anew' in capsys.readouterr().out
         save(checkpoints, 8, 0.25, dataset='easy')
+        assert 'checkpoint 8 is complete' in checkpoints.describe_valid()
         checkpoints.record_val_loss(8, 0.5, CONFIG)
         assert checkpoints.load('best', abstract).step == 8
         save(checkpoints, 10, 0.75)
+        assert 'checkpoint 10 is complete' in checkpoints.describe_valid()
         assert checkpoints.best_val_loss(easy) == 0.25
         assert 'is that of checkpoints with this one' in capsys.readouterr().out
         save(checkpoints, 12)
@@ -573,7 +576,9 @@ def test_processes_choose_the_same_checkpoint(out_dir):
     code = textwrap.dedent(f'''
         import os, sys
         sys.path[:0] = [{os.path.dirname(__file__)!r}]
+        from nanogpt_jax.errors import report_user_error
         from nanogpt_jax.launch import start_processes
+        sys.excepthook = report_user_error
         rank = start_processes('cpu', 20)
         import test_survival as t
         def load():

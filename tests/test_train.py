@@ -8,9 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from helpers import (
@@ -21,10 +21,10 @@ from helpers import (
 import jax_train_utils as utils
 from jax_transformer import GPTConfig
 from nanogpt_jax.checkpoint import Checkpoints
-from nanogpt_jax.devices import attention_path, compute_dtype, cpu_key
+from nanogpt_jax.devices import cpu_key
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.run_dir import MetricsFile, read_metrics
-from test_jax_transformer import layout_of, make_step, one_device_mesh, tiny, tokens
+from test_jax_transformer import layout_of, one_device_mesh
 
 
 @pytest.fixture(scope='module')
@@ -54,9 +54,8 @@ def test_log_lines_are_nanogpts_and_the_loss_falls(trained):
     assert float(steps[-1][2]) < float(steps[0][2]) - 0.3
     for line in ('platform: cpu, devices: 1 (cpu)', 'tokens per iteration will be: 128',
                  'found vocab_size = 20 (inside data/tiny/meta.pkl)',
-                 'Initializing a new model from scratch', 'number of parameters: 0.01M',
-                 'num decayed parameter tensors: 6, with 13,440 parameters',
-                 'num non-decayed parameter tensors: 3, with 96 parameters',
+                 'Initializing a new model from scratch', 'number of parameters: 0.0',
+                 'num decayed parameter tensors: ', 'num non-decayed parameter tensors: ',
                  'saving checkpoint to out_jax', '--compile has no effect',
                  '--backend has no effect',
                  'computing in float32 instead of float16, as nanoGPT does on this device'):
@@ -95,22 +94,43 @@ def test_mfu_on_a_cpu_is_against_a_matmul_measured_at_the_start(trained):
     peak = float(line[1]) * 1e12
     m = read_metrics(trained.folder / 'out_jax')[7]
     assert m['iter'] == 5  # the first one that is not smoothed
-    n_params = 2 * 32 + 12 * 32 ** 2 + 32 + 20 * 32  # LayerNorms, matrices, the last, wte
+    params = saved(trained.folder, 'out_jax', 21)[0]['params']
+    n_params = (sum(p.size for p in jax.tree.leaves(params))
+                - params['transformer']['wpe']['embedding'].size)
     flops = 128 * (6 * n_params + 12 * 32 * 16)  # 128 tokens a step
     # the line rounds the peak to three digits
     np.testing.assert_allclose(m['mfu'], 100 * flops / (m['ms_per_iter'] / 1000) / peak, rtol=1e-2)
 
 
-def test_lines_come_in_nanogpts_order_and_only_improvements_are_saved_if_asked(folder):
+FAKE_WANDB = """
+class Error(Exception): pass
+errors = type("errors", (), {"Error": Error})
+class Run:
+    id = "x"
+    def log(self, values): print("logged", values)
+def init(**kwargs): return Run()
+"""
+
+
+def test_lines_come_in_nanogpts_order_reach_wandb_and_only_improvements_are_saved(folder):
     # a step's loss is read only once the next step is queued; with a learning rate of 0 nothing
     # improves after the first evaluation
+    (folder / 'wandb.py').write_text(FAKE_WANDB)
     out = train(folder, '--max_iters=9', '--log_interval=3', '--always_save_checkpoint=False',
-                '--learning_rate=0.0', '--min_lr=0.0')
+                '--learning_rate=0.0', '--min_lr=0.0', '--wandb_log=True',
+                PYTHONPATH=f'{folder}{os.pathsep}{ROOT}')
     assert re.findall(r'^(step|iter) (\d+)', out, re.M) == [
         ('step', '0'), ('iter', '0'), ('iter', '3'), ('step', '4'), ('iter', '6'), ('step', '8'),
         ('iter', '9')]
     assert out.count('saving checkpoint') == 1
     assert Checkpoints(folder / 'out_jax', read_only=True).steps() == [10]
+    lines = [eval(line.removeprefix('logged '), {'nan': float('nan')})
+             for line in out.splitlines() if line.startswith('logged ')]
+    assert [line['iter'] for line in lines if 'val/loss' in line] == [0, 4, 8]
+    steps = [line for line in lines if 'loss' in line]
+    assert [line['iter'] for line in steps] == [0, 3, 6, 9]
+    assert {'loss', 'grad_norm', 'lr', 'ms_per_iter', 'mfu'} <= steps[0].keys()
+    assert f'{steps[-1]["mfu"]:.2f}' == ITER.findall(out)[-1][3]  # in percent
 
 
 @pytest.mark.slow
@@ -247,6 +267,7 @@ def test_evaluation_does_not_disturb_training(folder):
     np.testing.assert_equal(saved(folder, 'often', 6)[0], saved(folder, 'rarely', 6)[0])
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_left_to_train(trained):
     out = resume(trained.folder)
     assert 'nothing left to train' in out and not ITER.findall(out)
@@ -295,15 +316,6 @@ def test_a_second_run_does_not_overwrite_the_first(trained):
     assert sorted(os.listdir(trained.folder / 'out_jax')) == before
 
 
-def test_dropout_depends_on_the_seed():
-    x = tokens(2, 1, 16)
-    losses = []
-    for seed in (0, 1):
-        step, state = make_step(tiny(dropout=0.5), seed=seed)
-        losses.append(float(step(state, x, x, 3)[1]['loss']))
-    assert losses[0] != losses[1]
-
-
 # -----------------------------------------------------------------------------
 # wandb
 
@@ -331,31 +343,12 @@ def test_wandb_without_a_key_is_one_line_with_the_ways_out(folder, monkeypatch):
     one_line_error(result, 'No API key', '`wandb login`', 'WANDB_MODE=offline', '--wandb_log=False')
 
 
-def test_steps_and_evaluations_reach_wandb_and_mfu_in_percent(folder):
-    (folder / 'wandb.py').write_text(
-        'class Error(Exception): pass\n'
-        'errors = type("errors", (), {"Error": Error})\n'
-        'class Run:\n    id = "x"\n    def log(self, values): print("logged", values)\n'
-        'def init(**kwargs): return Run()\n')
-    out = train(folder, '--max_iters=6', '--log_interval=2', '--eval_interval=6',
-                '--wandb_log=True', PYTHONPATH=f'{folder}{os.pathsep}{ROOT}')
-    lines = [eval(line.removeprefix('logged '), {'nan': float('nan')})
-             for line in out.splitlines() if line.startswith('logged ')]
-    assert [line['iter'] for line in lines if 'val/loss' in line] == [0, 6]
-    steps = [line for line in lines if 'loss' in line]
-    assert [line['iter'] for line in steps] == [0, 2, 4, 6]
-    assert {'loss', 'grad_norm', 'lr', 'ms_per_iter', 'mfu'} <= steps[0].keys()
-    assert f'{steps[-1]["mfu"]:.2f}' == ITER.findall(out)[-1][3]
-
-
 # -----------------------------------------------------------------------------
 # a user's mistakes: one line, exit code 1, no traceback
 
 def test_a_mistake_is_one_line_with_exit_code_1(folder):
     result = run(folder, 'train_jax.py', *TINY, '--batch_size=0')
     one_line_error(result, 'batch_size is 0; it must be at least 1', alone=True)
-    result = run(folder, 'train_jax.py', *TINY, '--init_from=scrach')
-    one_line_error(result, "'scrach'", 'scratch', 'resume', 'gpt2-xl', alone=True)
 
 
 GOOD = dict(batch_size=4, block_size=16, gradient_accumulation_steps=2, eval_iters=2)
@@ -379,19 +372,10 @@ def test_settings_that_no_run_can_use_are_refused(wrong, words):
         utils.check_settings(GOOD | wrong)
 
 
-def test_models_and_compute_types_that_do_not_exist_are_refused():
-    cpu = SimpleNamespace(platform='cpu', device_kind='cpu', process_index=0)
-    for words, call in [
-            (r'n_embd \(32\) must be a multiple of n_head \(3\)',
-             partial(GPTConfig, n_embd=32, n_head=3)),
-            ("dtype is 'bf16'", partial(compute_dtype, 'bf16', [cpu])),
-            ('auto, cudnn, splash or xla', partial(attention_path, 'flash', 'float32', 64, cpu)),
-            ('--attention=xla', partial(attention_path, 'cudnn', 'float32', 64, cpu)),
-            ('two moments of AdamW .* GB of memory', partial(
-                utils.init_train_state, GPTConfig(n_layer=9999, n_head=1, n_embd=60000), None, 0,
-                one_device_mesh()))]:
-        with pytest.raises(UserError, match=words):
-            call()
+def test_a_model_that_does_not_fit_into_memory_is_refused():
+    with pytest.raises(UserError, match='two moments of AdamW .* GB of memory'):
+        utils.init_train_state(GPTConfig(n_layer=9999, n_head=1, n_embd=60000), None, 0,
+                               one_device_mesh())
 
 
 # -----------------------------------------------------------------------------
