@@ -44,16 +44,16 @@ TINY = dict(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32)
 jax.config.update('jax_default_matmul_precision', 'highest')
 
 
-def area(name):
+def area(name, optimized=False):
     """Mark the area that a test belongs to, for the report.
 
-    The tests of the compiler and of parity run with XLA's optimizations, as real runs do. The other
-    tests do not depend on them and compile in half the time without them.
+    optimized: compile with XLA's optimizations, as real runs do. The other tests do not depend on
+    them and compile in half the time without them.
     """
     def mark(test):
         @functools.wraps(test)
         def run():
-            jax.config.update('jax_disable_most_optimizations', name not in (COMPILER, PARITY))
+            jax.config.update('jax_disable_most_optimizations', not optimized)
             try:
                 test()
             finally:
@@ -157,7 +157,7 @@ def layout_of(mesh, batch_size, micro_steps=1):
 
 # -----------------------------------------------------------------------------
 
-@area(COMPILER)
+@area(COMPILER, optimized=True)
 def test_products_summed_in_each_of_many_rows_are_right():
     # jaxlib 0.10.2 reads other rows than the last 1 and 7,000 here, on a CPU (jax-ml/jax #39103)
     m = jnp.eye(3)
@@ -169,7 +169,7 @@ def test_products_summed_in_each_of_many_rows_are_right():
         np.testing.assert_allclose(f(x), want, rtol=1e-6)  # one rounding to float32 is 6e-8
 
 
-@area(COMPILER)
+@area(COMPILER, optimized=True)
 def test_the_loss_and_its_gradients_of_many_rows_are_those_of_float64():
     """matmul and cross_entropy, the products and sums of the head, over 40,000 positions."""
     rng = np.random.default_rng(0)
@@ -1103,7 +1103,7 @@ def test_resumed_settings_come_from_the_checkpoint_unless_given():
 # -----------------------------------------------------------------------------
 
 # the fixtures are float64, ours is float32: 1e-5 is its rounding in a sum of a few hundred terms
-@area(PARITY)
+@area(PARITY, optimized=True)
 def test_logits_loss_and_every_gradient_are_nanogpts():
     # one by the list of blocks, one by the scan over them; test_ops.py compares these two
     for name, way in zip(VARIANTS, (jax_transformer.run_blocks, scan)):
@@ -1144,7 +1144,7 @@ def test_counts_mfu_and_sampling_are_nanogpts():
         np.testing.assert_allclose(probs, data['probs_t0.8_k10'], rtol=1e-5, atol=1e-7)
 
 
-@area(PARITY)
+@area(PARITY, optimized=True)
 def test_training_follows_nanogpts_trajectory():
     for name in VARIANTS:
         data, config, model = golden(name)

@@ -69,7 +69,7 @@ def test_sequences_are_consecutive_tokens_of_the_file(ids, block_size, iter_num)
     np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_as_meta_are_refused(content):
     with tempfile.TemporaryDirectory() as folder:
