@@ -369,6 +369,8 @@ def test_damage_to_any_file_is_found_or_harmless(out_dir, tmp_path, times):
         whole.rename(out_dir)
     print(f'{found} of {len(paths)} found, the others harmless')
     assert found >= 5 * times  # at least in meta, and in names and data of both items
+    damage(max(files_of(out_dir / '6' / 'params'), key=os.path.getsize), rng, ['flip'])
+    assert load(out_dir) == 4  # only the checksum tells
 
 
 def test_damage_to_the_best_checkpoint_leaves_the_latest(out_dir):
