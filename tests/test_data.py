@@ -25,7 +25,8 @@ TEXT = 'The cat, the caf\u00e9.\n\nROMEO:\n<|endoftext|> is text here.\n' * 9
 @pytest.fixture
 def data(tmp_path):
     """A copy of data/ without prepared files, beside nanogpt_jax as in the repository."""
-    made = shutil.ignore_patterns('*.bin', '*.pkl', 'tokenizer.json', '*.tmp', '*.lock', 'input.txt', '__pycache__')
+    made = shutil.ignore_patterns('*.bin', '*.pkl', 'tokenizer.json', '*.tmp', '*.lock',
+                                  'input.txt', '__pycache__')
     os.symlink(os.path.join(ROOT, 'nanogpt_jax'), tmp_path / 'nanogpt_jax')
     return shutil.copytree(os.path.join(ROOT, 'data'), tmp_path / 'data', ignore=made)
 
