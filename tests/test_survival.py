@@ -159,6 +159,8 @@ def test_what_a_closed_terminal_cannot_take_is_discarded():
             stream.write('lost\n')
         assert error.value.errno == errno.EIO
         RobustStream(stream).write('lost too\n')
+    with open('/dev/full', 'w', buffering=1) as stream:  # the disk of a log
+        RobustStream(stream).write('lost\n')
 
 
 @pytest.mark.parametrize('name, mode', [('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')])
