@@ -233,6 +233,14 @@ def test_an_impossible_out_dir_is_refused(tmp_path, monkeypatch, out_dir, words)
     assert {*os.listdir()} == {'dangling', 'file'}
 
 
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / 'gone').mkdir()
+    monkeypatch.chdir(tmp_path / 'gone')
+    (tmp_path / 'gone').rmdir()
+    with pytest.raises(UserError, match='current folder has been deleted'):
+        hold_out_dir('out')
+
+
 # -----------------------------------------------------------------------------
 # kills
 

@@ -428,6 +428,10 @@ def test_data_that_changes_during_a_run_is_a_warning_and_a_shorter_file_an_error
     path.write_bytes(b'\0' * 40)
     with pytest.raises(UserError, match='val.bin has become shorter since this run started'):
         [*batches.evaluation('val')]
+    path.unlink()
+    os.mkfifo(path)  # reading it would never end
+    with pytest.raises(UserError, match='val.bin is not a file'):
+        [*batches.evaluation('val')]
 
 
 @pytest.mark.parametrize('content, words', [
