@@ -100,7 +100,7 @@ def count_tokens(data_dir, split, block_size):
         raise UserError(f'{path} does not exist: prepare the data on some machine, and copy its '
                         f'files to {data_dir}')
     if size is None:
-        hint = '. That is large; for a first run see config/train_pydoc_char.py'
+        hint = '. That is large; for a first run see config/train_pydoc.py'
         raise UserError(f'{path} does not exist: prepare the data first, with python '
                         + os.path.join(data_dir, 'prepare.py')
                         + (hint if data_dir.endswith('openwebtext') else ''))

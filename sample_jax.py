@@ -1,8 +1,8 @@
 """
 Sample from a trained model.
-$ python sample_jax.py --out_dir=out-pydoc-char --start="The "
+$ python sample_jax.py --out_dir=out-pydoc --start="The "
 $ python sample_jax.py --init_from=gpt2-xl --start="FILE:prompt.txt" --num_samples=5
-$ python sample_jax.py --out_dir=out-pydoc-char --interactive=True --stream=True
+$ python sample_jax.py --out_dir=out-pydoc --interactive=True --stream=True
 """
 
 import os

@@ -3,7 +3,7 @@ Train a GPT on every device that JAX sees, from one CPU to several GPUs or a TPU
 
 To run with the defaults (GPT-2 124M on OpenWebText), or a small model on a CPU:
 $ python train_jax.py
-$ python train_jax.py config/train_pydoc_char.py
+$ python train_jax.py config/train_pydoc.py
 To change any setting below, and to resume a run:
 $ python train_jax.py config/train_shakespeare_char.py --batch_size=32 --device=cpu
 $ python train_jax.py --init_from=resume --out_dir=out-shakespeare-char

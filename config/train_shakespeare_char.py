@@ -1,5 +1,5 @@
 # a small character-level model of shakespeare, sized for one GPU
-# (on a CPU take the sizes of train_pydoc_char.py)
+# (on a CPU take the sizes of train_pydoc.py)
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'

@@ -101,8 +101,9 @@ def split_text(text):
     return text[:n], text[n:]
 
 
-def write_splits(folder, train_ids, val_ids, meta=None):
-    """Write train.bin, val.bin and, if the data has its own vocabulary, meta.pkl.
+def write_splits(folder, train_ids, val_ids, meta=None, tokenizer=None):
+    """Write train.bin, val.bin and, if the data has its own vocabulary, meta.pkl (meta: a dict) or
+    tokenizer.json (tokenizer: its text).
 
     The .bin files are raw uint16 without a header. Raises UserError if an id does not fit.
     """
@@ -112,15 +113,16 @@ def write_splits(folder, train_ids, val_ids, meta=None):
             raise UserError(f'{split}.bin: token ids run from {ids.min()} to {ids.max()}, but must '
                             f'be in 0..{np.iinfo(np.uint16).max} (uint16): use a smaller '
                             'vocabulary')
-    names = ['train.bin', 'val.bin'] + (['meta.pkl'] if meta else [])
+    names = ['train.bin', 'val.bin'] + ['meta.pkl'] * bool(meta) + ['tokenizer.json'] * bool(
+        tokenizer)
     with replacing(*(os.path.join(folder, name) for name in names)) as temporary:
         for tmp, (split, ids) in zip(temporary, splits.items()):
             with open(tmp, 'wb') as f:  # ids.tofile(tmp) does not say why it fails
                 f.write(ids.astype(np.uint16))
             print(f'{split} has {len(ids):,} tokens')
-        if meta:
+        if meta or tokenizer:
             with open(temporary[-1], 'wb') as f:
-                pickle.dump(meta, f)
+                f.write(pickle.dumps(meta) if meta else tokenizer.encode())
 
 
 def prepare_chars(text, folder):

@@ -545,8 +545,9 @@ class Checkpoints:
         alike += [val_loss for other, (val_loss, _) in self._best(metas).items() if other == how]
         latest = metas[max(metas)]['config'] if metas else config
         if changed := [name for name in MEASURE if latest.get(name) != config.get(name)]:
+            best = 'is that of the checkpoints with this one' if alike else 'starts anew'
             print(f'the latest validation loss was measured with another {", ".join(changed)}: the '
-                  f'best {"is that of checkpoints with this one" if alike else "starts anew"}')
+                  f'best {best}')
         return min([*alike, 1e9])
 
     def latest_meta(self):

@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, one_line_error, run
 
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.tokenizer import gpt2_encoding
+from nanogpt_jax.tokenizer import gpt2_encoding, make_tokenizer
 
 sys.path.insert(0, os.path.join(ROOT, 'data'))
 import common
@@ -25,7 +25,8 @@ TEXT = 'The cat, the caf\u00e9.\n\nROMEO:\n<|endoftext|> is text here.\n' * 9
 @pytest.fixture
 def data(tmp_path):
     """A copy of data/ without prepared files, beside nanogpt_jax as in the repository."""
-    made = shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', '*.lock', 'input.txt', '__pycache__')
+    made = shutil.ignore_patterns('*.bin', '*.pkl', 'tokenizer.json', '*.tmp', '*.lock',
+                                  'input.txt', '__pycache__')
     os.symlink(os.path.join(ROOT, 'nanogpt_jax'), tmp_path / 'nanogpt_jax')
     return shutil.copytree(os.path.join(ROOT, 'data'), tmp_path / 'data', ignore=made)
 
@@ -143,6 +144,18 @@ def test_pydoc_is_prepared_without_a_network_and_all_of_its_ids_occur(data):
     from pydoc_data.topics import topics
     text = ''.join(meta['itos'][i] for i in ids.tolist())
     assert text == '\n\n'.join(topics[key] for key in sorted(topics))
+
+
+def test_pydoc_is_prepared_with_a_tokenizer_of_its_own(data):
+    result = prepare(data / 'pydoc')
+    assert result.returncode == 0, result.stderr
+    text = (data / 'pydoc' / 'tokenizer.json').read_text(encoding='utf-8')
+    tokenizer, n = make_tokenizer(text, 'tokenizer.json')
+    ids = np.concatenate(read_bins(data / 'pydoc'))
+    assert n == 1024
+
+    from pydoc_data.topics import topics
+    assert tokenizer.decode(ids.tolist()) == '\n\n'.join(topics[key] for key in sorted(topics))
 
 
 def test_a_failed_download_is_one_line_and_leaves_no_file(data):

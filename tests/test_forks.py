@@ -79,6 +79,7 @@ def test_a_fork_trains_samples_resumes_shards_and_converts(name, tmp_path):
 
     # what the unchanged code makes of its checkpoint
     mesh = one_device_mesh()
+
     def abstract_params(meta):
         config = GPTConfig.from_model_args(meta['model_args'])
         return {'params': utils.abstract_train_state(config, optax.identity(), mesh)['params']}
@@ -117,6 +118,7 @@ def random(*shape):
 def rope():
     """Scores depend on distances alone."""
     q, k = random(2, 1, 4, 3, 8)
+
     def scores(start):
         turned = [jax_transformer.rotate(a, start) for a in (q, k)]
         return jnp.einsum('bqnh,bknh->bnqk', *turned)
@@ -205,8 +207,7 @@ def gradient_norms():
 
 
 def mup():
-    """The document's coordinate check. GPT-2's parametrization changes eight times as much at eight
-    times the width."""
+    """The document's coordinate check; without muP the last change is four times the first."""
     with open('docs/forks.md', encoding='utf-8') as f:
         code = re.search(r'^## muP$.*?^```python\n(.*?)^```$', f.read(), re.M | re.S)[1]
     with contextlib.redirect_stdout(io.StringIO()) as out:

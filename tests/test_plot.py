@@ -193,7 +193,8 @@ def test_runs_with_the_same_label_are_their_mean_in_a_band(tmp_path):
 # the command line
 
 def test_the_picture_is_a_png_that_is_overwritten_after_the_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plot, 'args', [str(torch_log(tmp_path / 'a.log'))])
+    torch_log(tmp_path / 'a.log')
+    monkeypatch.setattr(plot, 'args', ['a.log'])
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'compare.png').write_text('an older picture')
     plot.main()

@@ -379,6 +379,8 @@ def test_damage_to_any_file_is_found_or_harmless(out_dir, tmp_path, times):
         whole.rename(out_dir)
     print(f'{found} of {len(paths)} found, the others harmless')
     assert found >= 5 * times  # at least in meta, and in names and data of both items
+    damage(max(files_of(out_dir / '6' / 'params'), key=os.path.getsize), rng, ['flip'])
+    assert load(out_dir) == 4  # only the checksum tells
 
 
 def test_damage_to_the_best_checkpoint_leaves_the_latest(out_dir):
@@ -593,7 +595,7 @@ def test_validation_losses_are_compared_with_those_measured_alike(out_dir, capsy
         save(checkpoints, 10, 0.75)
         assert 'checkpoint 10 is complete' in checkpoints.describe_valid()
         assert checkpoints.best_val_loss(easy) == 0.25
-        assert 'is that of checkpoints with this one' in capsys.readouterr().out
+        assert 'is that of the checkpoints with this one' in capsys.readouterr().out
         save(checkpoints, 12)
         assert checkpoints.load('best', abstract).step == 8
         assert checkpoints.best_val_loss(CONFIG) == 0.5
