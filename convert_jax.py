@@ -7,9 +7,10 @@ $ python convert_jax.py --src=out-shakespeare-char --dst=ckpt.pt --format=nanogp
 $ python convert_jax.py --src=out-shakespeare-char --dst=hf-shakespeare --format=hf
 """
 
-import math
+import contextlib
 import os
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -76,10 +77,11 @@ def read_ckpt():
     iter_num, best = ckpt['iter_num'], ckpt['best_val_loss']
     if type(iter_num) is not int or not 0 <= iter_num < 2 ** 31:
         raise UserError(f'{src}: iter_num is {iter_num!r:.50}; it must be an int of at least 0')
-    if not isinstance(best, (int, float, np.ndarray)) or np.size(best) != 1 or (
-            not math.isfinite(best)):
+    if isinstance(best, np.ndarray) and best.ndim == 0:
+        best = best.item()
+    if type(best) not in (int, float) or not abs(best) <= sys.float_info.max:
         raise UserError(f'{src}: best_val_loss is {best!r:.50}; it must be a number')
-    return ckpt
+    return ckpt | {'best_val_loss': float(best)}
 
 
 def read_weights(ckpt):
@@ -189,7 +191,7 @@ def nanogpt_to_run():
         raise UserError(f'{dst} holds checkpoints of another run; choose another --dst')
     with Checkpoints(dst) as checkpoints:
         checkpoints.save(state, dict(
-            iter_num=ckpt['iter_num'], best_val_loss=float(ckpt['best_val_loss']),
+            iter_num=ckpt['iter_num'], best_val_loss=ckpt['best_val_loss'],
             model_args=model_args, config=settings, chars=vocabulary))
     print(f'{dst} has iteration {ckpt["iter_num"]} of {src}, '
           f'{"with" if has_moments else "without"} the '
@@ -215,6 +217,18 @@ def read_run(tx=None):
     weights = export_torch_weights(model)
     check_is_gpt2(weights, meta['model_args'], src, lambda idx: np.asarray(model(idx, idx)[0]))
     return weights, state, graphdef, meta
+
+
+@contextlib.contextmanager
+def written(path):
+    """A path to write to in a with block; it is renamed to path once the block has succeeded."""
+    path = os.path.abspath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    # in a new folder, so that it is nobody else's, not even that of a conversion to the same path
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+        part = os.path.join(folder, os.path.basename(path))
+        yield part
+        os.replace(part, path)
 
 
 def run_to_nanogpt():
@@ -248,9 +262,8 @@ def run_to_nanogpt():
     ckpt = {'model': {name: weights[name] for name in order},
             'optimizer': optimizer, 'model_args': meta['model_args'], 'iter_num': meta['iter_num'],
             'best_val_loss': meta['best_val_loss'], 'config': settings}
-    os.makedirs(os.path.dirname(os.path.abspath(dst)), exist_ok=True)
-    torch.save(ckpt, dst + '.part')
-    os.replace(dst + '.part', dst)
+    with written(dst) as part:
+        torch.save(ckpt, part)
     print(f'{dst} has iteration {meta["iter_num"]} of {src}; '
           "nanoGPT resumes it from its out_dir with --init_from=resume")
 
@@ -261,10 +274,9 @@ def run_to_hf():
     known = vocabulary or vocabulary is None and args['vocab_size'] >= 50257
     if not known:
         print(f'WARNING: {src} does not know the text of its tokens, so {dst} has no tokenizer')
-    part = dst.rstrip('/\\') + '.part'
     tokenizer = as_tokenizer(vocabulary, src) if known else None
-    write_folder(part, weights, args, tokenizer, tokenizer and end_of_text(tokenizer))
-    os.replace(part, dst)
+    with written(dst) as part:
+        write_folder(part, weights, args, tokenizer, tokenizer and end_of_text(tokenizer))
     print(f"{dst} has iteration {meta['iter_num']} of {src}, for "
           f"transformers.pipeline('text-generation', {dst!r})")
 

@@ -522,6 +522,17 @@ def check_settings(config):
                          f'block_size = {" * ".join(map(str, factors))}', 'lower one of them')
 
 
+def check_same_settings(configs):
+    """Raise UserError if the processes of a run, each with its config, have different settings."""
+    for name, value in configs[0].items():
+        # each process may have a device, and a path to the shared folder, of its own
+        if name not in ('device', 'out_dir'):
+            for index, config in enumerate(configs):
+                if config[name] != value:
+                    raise UserError(f'{name} is {value!r} in process 0 and {config[name]!r} in '
+                                    f'process {index}: start all processes with the same settings')
+
+
 def check_finite(iter_num, numbers, checkpoints):
     """Raise UserError if one of these named scalars is not finite; waits for the device.
 

@@ -22,7 +22,7 @@ import optax
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__))) # python -P and -I leave it out
 import jax_train_utils as utils
 from jax_transformer import GPT_ARGS, GPTConfig, model_args
-from nanogpt_jax.checkpoint import quiet_orbax, should_save
+from nanogpt_jax.checkpoint import gather, quiet_orbax, should_save
 from nanogpt_jax.devices import (
     attention_path, compute_dtype, describe_peak, enable_compilation_cache, peak_flops,
     select_devices,
@@ -102,6 +102,7 @@ if compilation_cache:
     enable_compilation_cache()
 print(f'platform: {devices[0].platform}, devices: {len(devices)} ({devices[0].device_kind}), '
       f'processes: {jax.process_count()}')
+utils.check_same_settings(gather(config))
 for key in sorted(given & {'compile', 'backend'}):
     print(f'--{key} has no effect: XLA always compiles and chooses its communication library')
 

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import stat
 import sys
 import time
 import warnings
@@ -187,6 +188,8 @@ def read_val_losses(folder):
         return read_sealed(join(folder, VAL_LOSS))['measured']
     except (FileNotFoundError, *BAD_JSON):
         return {}
+    except OSError as e:
+        raise UserError(f'cannot read {e.filename or folder}: {e.strerror or e}') from e
 
 
 def split_items(state):
@@ -221,6 +224,14 @@ def is_damage(error):
             return False
         error = error.__cause__ or error.__context__
     return True
+
+
+def check_reachable(folder):
+    """Raise OSError if a file in a folder cannot be reached: Orbax would call it missing, which is
+    damage."""
+    for entry in os.scandir(folder):
+        if stat.S_ISDIR(entry.stat().st_mode):
+            check_reachable(entry.path)
 
 
 def one_line(error):
@@ -335,6 +346,11 @@ class Checkpoints:
         array = jax.make_array_from_callback(values.shape, split, lambda index: values[index])
         path = join(run_dir.absolute(self.out_dir), TRIAL)
         self._note([TRIAL])
+        gather(None)  # now process 0 has written it
+        # orbax would wait for ever
+        if False in (seen := gather(run_dir.exists(join(self.out_dir, UNFINISHED)))):
+            raise UserError(f'process {seen.index(False)} does not see what process 0 writes to '
+                            f'{self.out_dir}: give all processes one folder that they share')
         self._write(path, {}, {'params': {'a': array}})
         self.orbax.wait_until_finished()
         read = restore(path, 'params', {'a': jax.ShapeDtypeStruct(
@@ -450,9 +466,12 @@ class Checkpoints:
         if old:
             self._note(old)
         for step in old:
-            # first what tells a reader that it is a checkpoint
-            run_dir.remove_tree(join(self.folder(step), 'meta', 'metadata'))
-            run_dir.remove_tree(self.folder(step))
+            try:
+                # first what tells a reader that it is a checkpoint
+                run_dir.remove_tree(join(self.folder(step), 'meta', 'metadata'))
+                run_dir.remove_tree(self.folder(step))
+            except OSError as e:  # NFS, for one, keeps a folder whose files somebody reads
+                print(f'WARNING: cannot delete {self.folder(step)} ({e}); training continues')
         self._note([])
 
     def record_val_loss(self, step, val_loss, config):
@@ -604,6 +623,8 @@ class Checkpoints:
         """{item: arrays}; None if they are damaged, or if a run beside has replaced them."""
         folder, arrays, text = self.folder(step), {}, ''
         try:
+            if not run_dir.is_remote(folder):
+                check_reachable(folder)
             for item, tree in wanted.items():
                 arrays[item] = restore(folder, item, tree)
         except ABOUT_MEMORY:

@@ -13,6 +13,7 @@ import platform as machine
 import re
 import time
 import warnings
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,10 @@ def select_devices(device='auto'):
             raise UserError(f'device {device!r} was requested, but there are only {len(devices)}, '
                             'counted from 0')
         devices = [devices[int(index)]]
+    counts = Counter(d.process_index for d in devices)
+    if len({*counts.values()}) > 1:  # they could not even exchange a number
+        raise UserError(f'the processes have {dict(counts)} devices, by their index: start all of '
+                        'them with as many')
     if platform == 'auto' and devices[0].platform == 'cpu' and os.path.exists('/dev/nvidia0'):
         print('WARNING: this machine has an NVIDIA GPU, but JAX sees only the CPU; '
               'see requirements_jax.txt')

@@ -4,7 +4,6 @@ The processes of a run: which launcher started them, how they connect, and which
 
 import builtins
 import contextlib
-import errno
 import glob
 import http.client
 import importlib.util
@@ -230,9 +229,10 @@ def silence_other_processes(rank):
 
 
 class RobustStream:
-    """A text stream that discards what is written once its pipe or terminal is closed.
+    """A text stream that discards what is written once that has failed.
 
-    A tee that dies of the same Ctrl-C must not end a run before its checkpoint is saved.
+    A tee that dies of the same Ctrl-C must not end a run before its checkpoint is saved, and
+    neither must a full disk that only the log is on.
     """
 
     def __init__(self, stream):
@@ -250,9 +250,7 @@ class RobustStream:
     def _try(self, call, *args):
         try:
             return call(*args)
-        except OSError as e:
-            if e.errno not in (errno.EPIPE, errno.EIO):
-                raise
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 

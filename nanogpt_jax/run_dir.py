@@ -37,7 +37,11 @@ def join(folder, *names):
 
 
 def absolute(path):
-    return path if is_remote(path) else os.path.abspath(path)  # which makes a folder of gs://
+    """Raises UserError for a relative path in a folder that has been deleted."""
+    try:
+        return path if is_remote(path) else os.path.abspath(path)  # which makes a folder of gs://
+    except FileNotFoundError as e:
+        raise UserError('the current folder has been deleted: change to another one') from e
 
 
 def data_dir_of(dataset):
@@ -110,14 +114,21 @@ def remove_tree(path):
             p.unlink()
 
 
+def check_is_file(path):
+    """Raise UserError if there is something else than a regular file: reading a pipe may never
+    end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f'{path} is not a file')
+
+
 @contextlib.contextmanager
 def open_file(path, mode='r', errors=None):
     """open() of a regular file, text being UTF-8, as a context manager. What is written to a bucket
     is there at its end."""
     kwargs = {} if 'b' in mode else {'encoding': 'utf-8', 'errors': errors}
     if not is_remote(path):
-        if 'r' in mode and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
-            raise UserError(f'{path} is not a file')
+        if 'r' in mode:
+            check_is_file(path)
         with open(path, mode, **kwargs) as f:
             yield f
         return
@@ -159,6 +170,7 @@ def read_ranges(path, starts, n_bytes):
             fs, name = fsspec_of(path)  # cat_ranges reads all at the same time
             return b''.join(fs.cat_ranges([name] * len(starts), starts,
                                           [start + n_bytes for start in starts], on_error='raise'))
+    check_is_file(path)
     # read() instead of a memory map: a new map per batch costs more in page faults than reading,
     # and a map that stays open counts all pages it ever read as this process's memory
     with open(path, 'rb', buffering=0) as f:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import textwrap
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ import test_jax_transformer as quick
 from jax_transformer import GPTConfig
 from nanogpt_jax import devices as machine
 from nanogpt_jax.checkpoint import Checkpoints
+from nanogpt_jax.errors import UserError
 from nanogpt_jax.sharding import make_mesh, shard_batch, state_bytes
 from tools.hlo import collectives
 
@@ -106,6 +108,13 @@ def test_a_step_reduces_gradients_once_and_gathers_each_block_at_most_twice(data
                for _, devices, _ in found[op])
     # a device has its shards of the weights and of both moments only
     assert full / fsdp <= on_device < 1.05 * full / fsdp
+
+
+def test_processes_need_as_many_devices_each(monkeypatch):
+    found = [SimpleNamespace(process_index=i, platform='cpu') for i in (0, 1, 1)]
+    monkeypatch.setattr(jax, 'devices', lambda platform: found)
+    with pytest.raises(UserError, match='{0: 1, 1: 2} devices'):
+        machine.select_devices()
 
 
 @pytest.mark.slow

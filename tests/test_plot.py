@@ -149,6 +149,14 @@ def test_the_picture_has_axes_with_units_and_a_legend_that_tells_runs_apart(tmp_
     assert len(set(looks)) == 20 and looks == in_legend
 
 
+def test_a_value_that_is_not_a_number_is_unknown(tmp_path):
+    odd = ['x', [1], 10 ** 400, {}, None]
+    records = [{'iter': i, 'loss': x, 'ms_per_iter': x} for i, x in enumerate(odd)]
+    path = out_dir(tmp_path / 'a', [*records, {'iter': 5, 'val_loss': 'x'}, evaluated(6, 2.0)])
+    run, = read(path)
+    assert np.isnan(run.losses).all() and [*run.vals[1:]] == [2.0] and len(run.losses) == 5
+
+
 def test_smoothing_is_a_mean_around_each_finite_point_and_the_start_is_left_out(tmp_path):
     losses = np.random.default_rng(0).uniform(1, 3, 50)
     out = out_dir(tmp_path / 'out', [logged(it, loss, 9) for it, loss in enumerate(losses)])

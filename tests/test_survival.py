@@ -159,6 +159,8 @@ def test_what_a_closed_terminal_cannot_take_is_discarded():
             stream.write('lost\n')
         assert error.value.errno == errno.EIO
         RobustStream(stream).write('lost too\n')
+    with open('/dev/full', 'w', buffering=1) as stream:  # the disk of a log
+        RobustStream(stream).write('lost\n')
 
 
 @pytest.mark.parametrize('name, mode', [('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')])
@@ -229,6 +231,14 @@ def test_an_impossible_out_dir_is_refused(tmp_path, monkeypatch, out_dir, words)
         with pytest.raises(UserError, match=words):
             open_it(out_dir)
     assert {*os.listdir()} == {'dangling', 'file'}
+
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / 'gone').mkdir()
+    monkeypatch.chdir(tmp_path / 'gone')
+    (tmp_path / 'gone').rmdir()
+    with pytest.raises(UserError, match='current folder has been deleted'):
+        hold_out_dir('out')
 
 
 # -----------------------------------------------------------------------------
@@ -440,8 +450,9 @@ def io_error(path):
     return OSError(errno.EIO, 'I/O error', path)
 
 
-@pytest.mark.parametrize('path', ['6/meta/metadata', '6/params/_METADATA'])
+@pytest.mark.parametrize('path', ['6/meta/metadata', '6/params/_METADATA', '6/val_loss.json'])
 def test_an_error_that_says_nothing_about_a_checkpoint_stops_the_run(out_dir, capsys, path):
+    (out_dir / path).touch()
     refusing(f'{out_dir}/{path}', io_error)
     for read_only in (True, False):
         with pytest.raises(UserError, match='cannot read .*6.*I/O error'):
@@ -455,6 +466,23 @@ def test_what_tensorstore_says_of_an_unreadable_file_is_not_damage(out_dir):
     data.symlink_to(data)  # an error of the file system for the owner of all files, too
     with pytest.raises(UserError, match='cannot read .*6: '):
         load(out_dir)
+
+
+def test_a_folder_that_cannot_be_reached_is_not_damage(out_dir):
+    params = out_dir / '6' / 'params'
+    params.rename(out_dir / 'params')
+    params.symlink_to(params)  # for orbax not there, as without permission
+    with pytest.raises(UserError, match='cannot read .*6: '):
+        load(out_dir)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_a_run(out_dir, monkeypatch, capsys):
+    def refuse(path):
+        raise OSError(errno.ENOTEMPTY, 'Directory not empty', path)
+    with Checkpoints(out_dir) as checkpoints:
+        monkeypatch.setattr(epath.gpath.PosixGPath, 'rmtree', refuse)
+        save(checkpoints, 8)
+    assert 'WARNING: cannot delete' in capsys.readouterr().out and load(out_dir) == 8
 
 
 def test_a_checkpoint_of_a_changed_model_is_not_called_damaged(out_dir):
@@ -606,6 +634,12 @@ def test_processes_choose_the_same_checkpoint(out_dir):
 
 # -----------------------------------------------------------------------------
 # a loss that is not finite
+
+def test_processes_without_a_common_out_dir_are_refused(out_dir, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'gather', lambda value: [value, value and False])
+    with pytest.raises(UserError, match='process 1 does not see .* process 0 .*out_jax: give all'):
+        Checkpoints(out_dir)
+
 
 def test_a_loss_that_is_not_finite_is_one_line_with_the_checkpoint_to_resume_from(out_dir):
     with Checkpoints(out_dir) as checkpoints:

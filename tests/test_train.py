@@ -372,6 +372,14 @@ def test_settings_that_no_run_can_use_are_refused(wrong, words):
         utils.check_settings(GOOD | wrong)
 
 
+def test_processes_with_different_settings_are_refused():
+    same = GOOD | dict(out_dir='a', device='cuda:0')
+    utils.check_same_settings([same, same | dict(out_dir='b', device='cuda:1')])
+    with pytest.raises(UserError, match='max_iters is 20 in process 0 and 9 in process 2: start'):
+        utils.check_same_settings([same | dict(max_iters=20), same | dict(max_iters=20),
+                                   same | dict(max_iters=9)])
+
+
 def test_a_model_that_does_not_fit_into_memory_is_refused():
     with pytest.raises(UserError, match='two moments of AdamW .* GB of memory'):
         utils.init_train_state(GPTConfig(n_layer=9999, n_head=1, n_embd=60000), None, 0,
@@ -419,6 +427,10 @@ def test_data_that_changes_during_a_run_is_a_warning_and_a_shorter_file_an_error
     assert capsys.readouterr().out.count('val.bin has changed since this run started') == 1
     path.write_bytes(b'\0' * 40)
     with pytest.raises(UserError, match='val.bin has become shorter since this run started'):
+        [*batches.evaluation('val')]
+    path.unlink()
+    os.mkfifo(path)  # reading it would never end
+    with pytest.raises(UserError, match='val.bin is not a file'):
         [*batches.evaluation('val')]
 
 

@@ -292,6 +292,8 @@ HOSTILE = {
     'iter_num text': (lambda c: c.update(iter_num='five'), "iter_num is 'five'"),
     'iter_num negative': (lambda c: c.update(iter_num=-1), 'iter_num is -1'),
     'loss text': (lambda c: c.update(best_val_loss='low'), 'best_val_loss'),
+    'loss huge': (lambda c: c.update(best_val_loss=10 ** 400), 'best_val_loss'),
+    'loss row': (lambda c: c.update(best_val_loss=np.zeros((1, 1))), 'best_val_loss'),
     'model list': (lambda c: c.update(model=[]), 'model is a list'),
     'int key': (lambda c: c['model'].update({1: np.zeros(2)}), 'its model has 1'),
     'text value': (lambda c: c['model'].update(x='y'), "its model has 'x', a str"),
@@ -406,7 +408,12 @@ def test_a_run_with_another_optimizer_is_written_too(folder, script, model):
         checkpoints.save(state, dict(
             iter_num=2, best_val_loss=1.0, model_args=model_args(model.config), chars=[],
             config={'always_save_checkpoint': True}))
+    (folder / 'hf.part').mkdir()
+    (folder / 'hf.part' / 'mine').touch()  # what is beside dst is not touched
+    before = {*folder.iterdir()}
     script('convert_jax.py', '--src=out_jax', '--dst=hf', '--format=hf')
+    assert {*folder.iterdir()} - before == {folder / 'hf'}
+    assert (folder / 'hf.part' / 'mine').exists() and not (folder / 'hf' / 'mine').exists()
     back = export_torch_weights(GPT.from_pretrained(str(folder / 'hf')))
     for name, w in export_torch_weights(model).items():
         np.testing.assert_array_equal(w, back[name], err_msg=name)

@@ -58,8 +58,13 @@ def read_events(path):
 
 def events_of_metrics(records):
     """The events of a metrics.jsonl, where null stands for a number that is not finite."""
+    def number(x):
+        try:
+            return float(x)
+        except (TypeError, ValueError, OverflowError):
+            return math.nan
     for record in records:
-        val_loss, *logged = [math.nan if record.get(key) is None else record[key]
+        val_loss, *logged = [number(record.get(key))
                              for key in ('val_loss', 'loss', 'ms_per_iter', 'tokens_per_s')]
         if 'loss' in record:
             yield record['iter'], 1, *logged
@@ -237,6 +242,8 @@ def main():
     if not paths:
         raise UserError('no run to plot; give out_dirs or log files, as in: '
                         'python -m tools.plot out_jax train.log')
+    if not 0 <= smooth <= 1:
+        raise UserError(f'smooth is {smooth}; it must be from 0 to 1')
     if len(names) != len(paths):
         raise UserError(f'labels has {len(names)} names for {len(paths)} runs; '
                         'give one for each, with commas')
