@@ -294,7 +294,7 @@ def test_kills_of_two_processes_with_changing_device_counts_lose_nothing_either(
             process.kill()
         for process in started:
             out, err = process.communicate()
-            assert 'damaged' not in out and 'error' not in err.partition('lost the')[0], out + err
+            assert 'damaged' not in out and 'Traceback' not in err, out + err
             losses |= {int(step): float(loss) for step, loss, *_ in ITER.findall(out)}
         args = [*RESUME, '--max_iters=100000', '--fsdp=2']
     assert list(losses) == [*range(len(losses))]

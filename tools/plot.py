@@ -20,6 +20,8 @@ from nanogpt_jax.errors import UserError, optional_import, report_user_error
 from nanogpt_jax.run_dir import is_dir, open_file, read_metrics
 from tools import print_table
 
+if __name__ == '__main__':
+    sys.excepthook = report_user_error
 # -----------------------------------------------------------------------------
 out = 'compare.png' # the picture, overwritten if it exists; '' for the table alone
 labels = '' # names of the runs, with commas; '' for their paths
@@ -258,5 +260,4 @@ def main():
 
 
 if __name__ == '__main__':
-    sys.excepthook = report_user_error
     main()

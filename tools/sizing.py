@@ -25,6 +25,8 @@ from nanogpt_jax.run_dir import data_dir_of
 from nanogpt_jax.tokenizer import load_vocabulary
 from tools import print_table
 
+if __name__ == '__main__':
+    sys.excepthook = report_user_error
 # -----------------------------------------------------------------------------
 # model
 init_from = 'scratch' # the shape below, or that of 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
@@ -275,6 +277,5 @@ def main():
 
 
 if __name__ == '__main__':
-    sys.excepthook = report_user_error
     sys.stdout.reconfigure(line_buffering=True)
     main()
