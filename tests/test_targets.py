@@ -23,6 +23,13 @@ from nanogpt_jax.sharding import make_mesh
 from tools import targets
 from tools.hlo import custom_calls, estimated_cycles, instructions
 
+@pytest.fixture(autouse=True)
+def default_precision():
+    # runs do not ask for the highest, as test_jax_transformer.py does, which helpers.py imports
+    with jax.default_matmul_precision(None):
+        yield
+
+
 needs_cuda = pytest.mark.skipif(not importlib.util.find_spec('jax_plugins'),
                                 reason="JAX's CUDA plugin is not installed")
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec('libtpu'),
@@ -152,8 +159,9 @@ def test_the_memory_of_a_tpu_is_what_its_compiler_allocates(tmp_path):
     report, = (tmp_path / 'dump').glob('*jit_train_step*memory-usage-report.txt')
     allocated = int(re.search(r'color=0\)\nTotal bytes: (\d+)', report.read_text())[1]) / 2**30
     in_all = float(re.search(r'^in all +([\d.]+)$', result.stdout, re.M)[1])
-    # 14 MB at the start of the memory are libtpu's own
-    assert 0 < allocated - in_all < 0.03  # GiB
+    # 14 MB at the start of the memory are libtpu's own; since the loss has a fallback branch the
+    # report of libtpu 0.0.41 counts 0.15 GiB more than the peak that is printed
+    assert 0 < allocated - in_all < 0.2  # GiB
 
 
 @pytest.mark.slow
