@@ -375,7 +375,7 @@ def make_grad_fn(graphdef, mesh):
     sharded = mesh.shape['fsdp'] > 1
 
     def accumulate(params, x, y, key, scale, specs):
-        """What each device computes, from its sequences and its shards of params."""
+        """The computation of one device, from its sequences and its shards of params."""
         micro_steps = x.shape[0]
         key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
         make_model = partial(nnx.merge, graphdef)
@@ -458,7 +458,7 @@ def make_eval_step(graphdef, mesh=None):
     sharded = mesh.shape['fsdp'] > 1
 
     def batch_loss(params, x, y, specs):
-        """What each device computes, from its sequences and its shards of params."""
+        """The computation of one device, from its sequences and its shards of params."""
         make_model = partial(nnx.merge, graphdef)
         if sharded:
             params, specs, make_model = sharded_model(graphdef, params, specs)

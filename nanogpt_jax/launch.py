@@ -110,7 +110,7 @@ def has_tpu_workers():
     """Whether this machine's TPU has other workers (hosts) too.
 
     Reads what jax.distributed.initialize reads in JAX's cloud_tpu_cluster.py. That function itself
-    fails on a TPU alone, or waits for a host that is not there (Colab, Kaggle).
+    fails on a TPU alone, or waits for a host that does not exist (Colab, Kaggle).
     """
     if os.environ.get('MEGASCALE_NUM_SLICES', '1') not in ('', '1'):
         return True
