@@ -487,9 +487,9 @@ def estimate_loss(eval_step, params, batches, stop=None):
         for x, y in progress(batches.evaluation(split), f'evaluating {split}'):
             if stop and stop.reached():
                 return None
+            # one at a time, see checksums_of; the next batch is read meanwhile
+            jax.block_until_ready(results[-1:])
             results.append(eval_step(params, x, y))
-            # keep two batches in flight, so that stopping is quick
-            jax.block_until_ready(results[-2:-1])
         means, counts = np.array(jax.device_get(results), np.float64).T
         losses[split] = float(np.average(means, weights=counts))
     return losses
