@@ -1,8 +1,8 @@
 """
 Config files and --key=value, applied in the order given to a script's globals:
 $ python train_jax.py config/override_file.py --batch_size=32
-A config file is the user's own Python and is executed. The idea is that of nanoGPT's
-configurator.py; this one is a function, explains what it refuses, and returns which keys were set.
+A config file is the user's own Python and is executed, as in nanoGPT. Here this is a function,
+which explains what it refuses and returns the names that were set.
 """
 
 import ast
@@ -26,8 +26,7 @@ def configure(script, argv=None):
     """
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')  # prints ? for a character that a terminal lacks
-    # config files run in a copy, so that they can use all that the script has, as in nanoGPT, and
-    # the other names that they assign or delete stay theirs
+    # config files run in a copy: they can use all names of the script, and change its settings only
     names, given = dict(script), set()
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('-h', '--help'):
@@ -46,22 +45,24 @@ def configure(script, argv=None):
 
 
 def settings_of(script):
-    """{name: value} of the settings among a script's globals: its plain values."""
+    """{name: value} of the settings among a script's globals: those with plain values."""
     return {key: value for key, value in script.items()
             if not key.startswith('_') and type(value) in PLAIN}
 
 
 def override(script, values):
-    """Set the settings among `script` (a script's globals()) that `values` has, such as those that
-    a resumed run takes from its checkpoint. Raises UserError for a value of another type."""
+    """Set the settings in `script` (a script's globals()) to those in `values`, such as those of a
+    checkpoint. Raises UserError for a value of another type."""
     for key, default in settings_of(script).items():
         if key in values:
             script[key] = checked(key, values[key], default)
 
 
 def checked(key, value, default, where=''):
-    """value in the type of default. Raises UserError, which begins with `where`, for another type,
-    nan and inf."""
+    """value in the type of default. Raises UserError for another type, for nan and for inf.
+
+    where: the beginning of the message.
+    """
     expected = type(default)
     if expected is float and type(value) is int:
         value = float(value)
@@ -71,6 +72,8 @@ def checked(key, value, default, where=''):
                         f'({type(value).__name__}){hint}')
     if expected is float and not math.isfinite(value):
         raise UserError(f'{where}{key} is {value}: nan and inf are not allowed')
+    if expected is str and ('\0' in value or value.encode(errors='replace').decode() != value):
+        raise UserError(f'{where}{key} is {value!r:.100}, which is not UTF-8 text without NUL')
     return value
 
 
@@ -125,7 +128,7 @@ def run_config_file(path, settings, names):
     assigned = {node.id for node in ast.walk(tree)
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for key in sorted(assigned - settings.keys()):
-        # a config file may serve several scripts, so only what looks misspelt is worth a warning
+        # only a likely misspelling: a config file may serve several scripts
         if close := difflib.get_close_matches(key, settings, 1, cutoff=0.85):
             print(f'WARNING: {path} sets {key}, which is not a setting; did you mean {close[0]}?')
     values = {}
@@ -133,8 +136,7 @@ def run_config_file(path, settings, names):
         value = names.get(key)
         if type(old) is int and type(value) is float and value.is_integer():
             value = int(value)  # max_iters = 5e3 works in nanoGPT's config files
-        # some are set without an assignment to the name: by import, exec() or globals()
-        if key in assigned or value is not old:
+        if key in assigned or value is not old:  # import, exec() and globals() set names too
             values[key] = checked(key, value, old, f'the config file {path}: ')
     return values
 
@@ -147,10 +149,8 @@ def read_config_file(path):
     try:
         with open(path, encoding='utf-8-sig') as f:  # Windows' editors write a byte order mark
             return f.read()
-    except UnicodeDecodeError as e:
-        raise UserError(f'the config file {path} is not UTF-8 text: save it as UTF-8') from e
-    except OSError as e:
-        raise UserError(f'cannot read the config file {path} ({e.strerror})') from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'cannot read the config file {path} as UTF-8 text: {e}') from e
 
 
 # -----------------------------------------------------------------------------

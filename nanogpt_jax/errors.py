@@ -1,11 +1,15 @@
 """Errors that a user can fix, and how the scripts print them. Imports nothing of this project."""
 
+import contextlib
 import importlib
 import os
 import re
 import sys
+import time
 
-process_label = ''  # ' in process 3' once start_processes has connected several processes
+# of one of several processes, once start_processes has connected them
+process_label = ''  # ' in process 3'
+client = None  # of jax.distributed
 
 # what JAX, Gloo and NCCL say when another process has gone; the types of these errors differ
 LOST_CONNECTION = re.compile(
@@ -32,13 +36,11 @@ def optional_import(name):
 def check_memory(n_bytes, what, hint):
     """Raise UserError if something needs more memory than this machine has.
 
-    For what is certain to fail, and only after a long time: the kernel grants memory that is not
-    there, and kills the process once it is written.
+    Otherwise the kernel would kill the process, after a long time.
     """
-    try:
-        has = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    except (AttributeError, OSError, ValueError):
-        return  # not known on Windows: NumPy or JAX raise once they get no memory
+    if not hasattr(os, 'sysconf'):
+        return  # Windows: NumPy or JAX raise when memory runs out
+    has = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     if n_bytes > has:
         raise UserError(f'{what} need {n_bytes / 1e9:,.0f} GB of memory at least, and this machine '
                         f'has {has / 1e9:,.0f} GB: {hint}')
@@ -68,8 +70,18 @@ def report_user_error(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
     if process_label:
         sys.stderr.flush()
+        if issubclass(kind, UserError):
+            tell_other_processes()
         os._exit(1)
 
 
 def report(line):
-    print(f'error{process_label}: {line}', file=sys.stderr)
+    print(f'error{process_label}: {line}', file=sys.stderr, flush=True)
+
+
+def tell_other_processes():
+    """End the others with one line each: see launch.end_with_others."""
+    with contextlib.suppress(Exception):  # another process has failed before
+        client.key_value_set('failed', process_label)
+    if process_label == ' in process 0':
+        time.sleep(2)  # the others read it from this process

@@ -14,9 +14,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 import urllib.request
 
 import jax
+from jax._src.distributed import global_state  # no public name; Orbax uses it too
 
 from nanogpt_jax import errors
 from nanogpt_jax.errors import UserError
@@ -33,7 +35,7 @@ LAUNCHERS = (BY_HAND, TORCHRUN, ('SLURM_PROCID', 'SLURM_STEP_NUM_TASKS'),
 
 
 def find_launcher():
-    """Which of LAUNCHERS has started this process, or None."""
+    """The one of LAUNCHERS that started this process, or None."""
     for index, count in LAUNCHERS:
         # job scripts export WORLD_SIZE alone for other programs
         if count in os.environ and (index in os.environ or (index, count) != TORCHRUN):
@@ -42,33 +44,35 @@ def find_launcher():
 
 
 def process_rank():
-    """(index of this process, number of processes) as the launcher set them; (0, 1) without one.
-
-    Raises UserError if the launcher's environment variables are not such numbers.
-    """
+    """(index of this process, number of processes) from the launcher's variables; (0, 1) without a
+    launcher. Raises UserError if they are not such numbers."""
     launcher = find_launcher()
     if launcher is None:
         return 0, 1
-    values = [os.environ.get(name, '') for name in launcher]
-    if not all(v.isdecimal() for v in values) or int(values[0]) >= int(values[1]):
-        index, count = launcher
-        raise UserError(f'{count} is {values[1]!r} and {index} is {values[0]!r}; they must '
+    index, count = (os.environ.get(name, '') for name in launcher)
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f'{launcher[1]} is {count!r} and {launcher[0]} is {index!r}; they must '
                         'be the number of processes and the index of this one, from 0')
-    return int(values[0]), int(values[1])
+    return int(index), int(count)
 
 
-def by_hand_arguments():
-    """The arguments of jax.distributed.initialize for JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
-    address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')
-    if not address.rpartition(':')[2].isdecimal():
-        raise UserError('with JAX_NUM_PROCESSES, JAX_COORDINATOR_ADDRESS must be the host of '
-                        'the process with JAX_PROCESS_ID=0 and a free port on it, such as '
-                        f'node1:1234, not {address!r}')
-    return dict(coordinator_address=address)
+def launcher_arguments(launcher, rank, count):
+    """The arguments of jax.distributed.initialize that JAX does not find itself."""
+    if launcher == BY_HAND:
+        address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')
+        if not address.rpartition(':')[2].isdecimal():
+            raise UserError('with JAX_NUM_PROCESSES, JAX_COORDINATOR_ADDRESS must be the host of '
+                            'the process with JAX_PROCESS_ID=0 and a free port on it, such as '
+                            f'node1:1234, not {address!r}')
+        arguments = dict(coordinator_address=address)
+    elif launcher == TORCHRUN:
+        arguments = torchrun_arguments()
+    else:
+        return {}
+    return arguments | dict(num_processes=count, process_id=rank)
 
 
 def torchrun_arguments():
-    """The arguments of jax.distributed.initialize for the variables that torchrun sets."""
     names = ('MASTER_ADDR', 'MASTER_PORT', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
     host, port, local_rank, local_size = (os.environ.get(name, '') for name in names)
     if not (host and port.isdecimal()):
@@ -85,7 +89,7 @@ def torchrun_arguments():
 
 
 def check_port(address):
-    """Raise UserError if something else listens on the port of process 0's own address."""
+    """Raise UserError if another program listens on this port of process 0."""
     # JAX can share the port with another run's coordinator, and would then mix the two runs
     port = int(address.rpartition(':')[2])
     try:
@@ -109,12 +113,16 @@ def has_tpu(device):
 def has_tpu_workers():
     """Whether this machine's TPU has other workers (hosts) too.
 
-    Reads what jax.distributed.initialize reads in JAX's cloud_tpu_cluster.py. That function itself
-    fails on a TPU alone, or waits for a host that does not exist (Colab, Kaggle).
+    Reads what jax.distributed.initialize reads in JAX's cloud_tpu_cluster.py. That function fails
+    on a TPU with one worker, or waits for a host that does not exist (Colab, Kaggle).
     """
     if os.environ.get('MEGASCALE_NUM_SLICES', '1') not in ('', '1'):
         return True
-    if (workers := worker_hostnames()) is not None:
+    workers = os.environ.get('TPU_PROCESS_ADDRESSES', os.environ.get('TPU_WORKER_HOSTNAMES'))
+    if path := os.environ.get('TPU_PROCESS_ADDRESSES_PATH'):
+        with open(path, encoding='utf-8') as f:
+            workers = f.read()
+    if workers is not None:
         return ',' in workers
     if 'TPU_SKIP_MDS_QUERY' in os.environ:
         return False
@@ -122,17 +130,9 @@ def has_tpu_workers():
     return bool(slices and slices[1] != '1') or ',' in gce_metadata('worker-network-endpoints')
 
 
-def worker_hostnames():
-    """The hosts of a TPU slice as its environment names them, separated by commas, or None."""
-    if path := os.environ.get('TPU_PROCESS_ADDRESSES_PATH'):
-        with open(path, encoding='utf-8') as f:
-            return f.read().strip()
-    return os.environ.get('TPU_PROCESS_ADDRESSES', os.environ.get('TPU_WORKER_HOSTNAMES'))
-
-
 def gce_metadata(key):
-    """An attribute of this machine from Google's metadata server; '' where there is none."""
-    # by its number: outside Google's cloud, looking up its name may take long
+    """An attribute of this machine from Google's metadata server; '' without a server."""
+    # an address, since looking up a name may take long outside Google's cloud
     host = os.environ.get('GCE_METADATA_IP', '169.254.169.254')
     request = urllib.request.Request(
         f'http://{host}/computeMetadata/v1/instance/attributes/{key}',
@@ -149,10 +149,10 @@ def gce_metadata(key):
 # connecting
 
 def start_processes(device, heartbeat_timeout):
-    """Connect the processes that a launcher has started, by jax.distributed; does nothing for one.
+    """Connect the processes that a launcher has started by jax.distributed; for one do nothing.
 
     JAX itself finds SLURM, Open MPI and Cloud TPU. heartbeat_timeout: declare a process dead after
-    this many seconds without a heartbeat, which ends the others. Returns the index of this process.
+    this many seconds without a heartbeat, and end the others. Returns the index of this process.
     Raises UserError if a launcher's variable is missing, if JAX is in use already, and for a
     timeout below one second. Ends the process if some do not connect in that time.
     """
@@ -161,7 +161,7 @@ def start_processes(device, heartbeat_timeout):
     launcher, (rank, count) = find_launcher(), process_rank()
     if not (count > 1 if launcher else has_tpu(device) and has_tpu_workers()):
         return rank
-    arguments = launcher_arguments(launcher, rank, count, has_tpu(device))
+    arguments = launcher_arguments(launcher, rank, count)
     processes = f'{count} processes' if launcher else "the TPU's processes"
     if address := arguments.get('coordinator_address'):
         processes += f' at {address}'
@@ -184,23 +184,29 @@ def start_processes(device, heartbeat_timeout):
     rank = rank if launcher else jax.process_index()
     errors.process_label = f' in process {rank}'
     silence_other_processes(rank)
+    errors.client = global_state.client
+    threading.Thread(target=end_with_others, args=[rank], daemon=True).start()
     return rank
 
 
-def launcher_arguments(launcher, rank, count, on_tpu):
-    """The arguments of jax.distributed.initialize, as far as JAX does not find them itself."""
-    if launcher not in (BY_HAND, TORCHRUN):
-        return {}
-    arguments = by_hand_arguments() if launcher == BY_HAND else torchrun_arguments()
-    if on_tpu:  # JAX would ask Google's metadata server for what it knows already
-        arguments['cluster_detection_method'] = 'deactivate'
-    return arguments | dict(num_processes=count, process_id=rank)
+def end_with_others(rank):
+    """End this process with one line once another one has ended with a UserError.
+
+    Otherwise the end of process 0 would end it by SIGABRT, with a stack of C++ calls.
+    """
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the run has ended
+        failed = errors.client.blocking_key_value_get('failed', 10 ** 11)  # ms, three years
+        # it may be about to print the same error itself; process 0, which has the key, ends last
+        time.sleep(1 if rank else 3)
+        if failed != errors.process_label:
+            errors.report(f'stopped, because of the error{failed}')
+            os._exit(1)
 
 
 @contextlib.contextmanager
 def one_line_timeout(seconds, rank, processes):
-    """A context that prints one line and ends the process after this many seconds; Ctrl-C ends it
-    at once."""
+    """A context that ends the process with one line after this many seconds. Ctrl-C ends it at
+    once."""
     def give_up():
         print(f'error in process {rank}: waited {seconds} s (--heartbeat_timeout) for {processes}, '
               'and some did not connect: see what they print, and whether all reach that address',
@@ -229,10 +235,10 @@ def silence_other_processes(rank):
 
 
 class RobustStream:
-    """A text stream that discards what is written once that has failed.
+    """A text stream that discards all text once writing has failed.
 
-    A tee that dies of the same Ctrl-C must not end a run before its checkpoint is saved, and
-    neither must a full disk that only the log is on.
+    A tee that dies of the same Ctrl-C must not end a run before its checkpoint is saved. Neither
+    must a full disk that has only the log.
     """
 
     def __init__(self, stream):
@@ -255,17 +261,17 @@ class RobustStream:
 
 
 def open_closed_streams():
-    """Open /dev/null for each standard stream that is None since it was closed at the start."""
+    """Open /dev/null for each standard stream that was closed at the start, and so is None."""
     for name in ('stdin', 'stdout', 'stderr'):
         if getattr(sys, name) is None:
-            # takes the stream's file descriptor, the lowest free one, before another file does
+            # this takes the stream's file descriptor, which another file would get otherwise
             stream = open(os.devnull, 'r' if name == 'stdin' else 'w', encoding='utf-8')
             setattr(sys, name, stream)
             setattr(sys, f'__{name}__', stream)
 
 
 def owns_stdout():
-    """Whether a script may change sys.stdout: in a notebook it outlives the script."""
+    """Whether a script may change sys.stdout; a notebook's stream outlives the script."""
     return isinstance(sys.stdout, io.TextIOWrapper) and not hasattr(builtins, '__IPYTHON__')
 
 
@@ -279,8 +285,8 @@ def keep_stdout_open():
 
 
 def keep_stdout_for_samples():
-    """Returns standard output, for samples; what else is printed goes to standard error, except in
-    a notebook."""
+    """Returns standard output, for the samples. print() then writes to standard error, except in a
+    notebook."""
     open_closed_streams()
     samples_out = sys.stdout
     if owns_stdout():

@@ -1,6 +1,6 @@
 """
-A run's out_dir, on this machine or in a bucket (gs://, s3://): its paths, its lock, and its
-metrics.jsonl. Buckets are reached by etils.epath, as Orbax reaches them.
+A run's out_dir, on this machine or in a bucket (gs://, s3://): paths, lock, and metrics.jsonl.
+etils.epath reads and writes buckets, as in Orbax.
 """
 
 import contextlib
@@ -22,8 +22,9 @@ except ImportError:
 
 from nanogpt_jax.errors import UserError
 
-PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}  # what fsspec needs, by the part before ://
-CREDENTIALS = {'gs': 'gcloud auth application-default login', 's3': 'aws configure'}
+# by scheme: the package that fsspec needs, and the command that stores credentials
+BUCKETS = {'gs': ('gcsfs', 'gcloud auth application-default login'),
+           's3': ('s3fs', 'aws configure')}
 
 
 def is_remote(path):
@@ -31,55 +32,57 @@ def is_remote(path):
 
 
 def join(folder, *names):
-    # not os.path.join, which is another one on Windows
+    # os.path.join would put \ into a bucket's names on Windows
     return '/'.join((folder.rstrip('/'), *names)) if is_remote(folder) else os.path.join(
         folder, *names)
 
 
 def absolute(path):
-    """Raises UserError for a relative path in a folder that has been deleted."""
+    """Raises UserError for a relative path if the current folder has been deleted."""
     try:
-        return path if is_remote(path) else os.path.abspath(path)  # which makes a folder of gs://
+        return path if is_remote(path) else os.path.abspath(path)
     except FileNotFoundError as e:
         raise UserError('the current folder has been deleted: change to another one') from e
 
 
 def data_dir_of(dataset):
-    """The folder of a data set: data/<dataset>, or the data set itself if it is in a bucket."""
+    """The folder of a data set: data/<dataset>, or `dataset` itself if it is in a bucket."""
     return dataset.rstrip('/') if is_remote(dataset) else os.path.join('data', dataset)
 
 
 @contextlib.contextmanager
 def reached(path):
-    """The epath.Path of a path, for a with block. In a bucket, its errors become UserErrors; but
-    for FileNotFoundError. Raises UserError for another kind of URL, and if a package is missing."""
+    """Yields the epath.Path of a path.
+
+    Raises UserError for any error of a bucket except FileNotFoundError, for other kinds of URL, and
+    if a package is missing.
+    """
     if not is_remote(path):
         yield epath.Path(path)
         return
     scheme, _, name = path.partition('://')
-    if scheme not in PACKAGES or not name.split('/')[0]:
+    if scheme not in BUCKETS or not name.split('/')[0]:
         raise UserError(f'cannot use {path}: give a path on this machine, or gs://BUCKET/NAME or '
                         's3://BUCKET/NAME')
+    package, login = BUCKETS[scheme]
     try:
         import fsspec  # slow, and not needed for folders
-        # others write to the bucket too, Orbax's driver among them, so a list of what it has gets
-        # old
+        # Orbax's driver writes to the bucket too, so a cached listing would be out of date
         fsspec.config.conf.setdefault(scheme, {}).setdefault('use_listings_cache', False)
         fsspec.filesystem(scheme)
         yield epath.Path(path)
     except (FileNotFoundError, UserError):
         raise
     except ImportError as e:
-        raise UserError(f'{path} needs the package {PACKAGES[scheme]}: '
-                        f'pip install {PACKAGES[scheme]}') from e
+        raise UserError(f'{path} needs the package {package}: pip install {package}') from e
     except Exception as e:  # of the network, of the bucket's owner, of credentials: many types
         raise UserError(f'cannot reach {path} ({type(e).__name__}: {" ".join(str(e).split())[:200]}'
                         '): check its name, the network, and the credentials of this machine '
-                        f'({CREDENTIALS[scheme]})') from e
+                        f'({login})') from e
 
 
 def fsspec_of(path):
-    """(fsspec's file system, the path's name there) of a path in a bucket, in a reached() block."""
+    """(fsspec's file system, the name of the path there); use it inside `with reached(path)`."""
     import fsspec
     return fsspec.core.url_to_fs(path)
 
@@ -106,7 +109,7 @@ def replace(path, new_path):
 
 
 def remove_tree(path):
-    """Delete a file, or a folder with all that is in it."""
+    """Delete a file, or a folder with all its contents."""
     with reached(path) as p:
         if p.is_dir():
             p.rmtree()
@@ -115,20 +118,18 @@ def remove_tree(path):
 
 
 def check_is_file(path):
-    """Raise UserError if there is something else than a regular file: reading a pipe may never
-    end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    """Raise UserError if path exists and is not a regular file: a FIFO would block for ever."""
+    if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise UserError(f'{path} is not a file')
 
 
 @contextlib.contextmanager
 def open_file(path, mode='r', errors=None):
-    """open() of a regular file, text being UTF-8, as a context manager. What is written to a bucket
-    is there at its end."""
+    """open() of a regular file, as a context manager; text is UTF-8. An object in a bucket appears
+    when the with block ends."""
     kwargs = {} if 'b' in mode else {'encoding': 'utf-8', 'errors': errors}
     if not is_remote(path):
-        if 'r' in mode:
-            check_is_file(path)
+        check_is_file(path)
         with open(path, mode, **kwargs) as f:
             yield f
         return
@@ -142,21 +143,19 @@ def open_file(path, mode='r', errors=None):
 # reading parts of large files
 
 def file_size(path):
-    """Bytes of a file, None if there is no such file."""
+    """Bytes of a file; None if there is no such file."""
     try:
-        if is_remote(path):
-            with reached(path) as p:
-                return p.stat().length
-        found = os.stat(path)
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        with reached(path) as p:
+            found = p.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from e
+    return None if found.is_directory else found.length
 
 
 def file_version(path):
-    """What differs once a file is changed or gone; None in a bucket, where it costs a request."""
+    """A value that differs once a file has changed; None in a bucket, where it costs a request."""
     if is_remote(path) or not os.path.exists(path):
         return None
     found = os.stat(path)
@@ -164,15 +163,15 @@ def file_version(path):
 
 
 def read_ranges(path, starts, n_bytes):
-    """n_bytes from each start on, one after the other, fewer at the end of the file: bytes."""
+    """n_bytes from each start, joined: bytes. Fewer at the end of the file."""
     if is_remote(path):
         with reached(path):
-            fs, name = fsspec_of(path)  # cat_ranges reads all at the same time
+            fs, name = fsspec_of(path)  # cat_ranges reads them concurrently
             return b''.join(fs.cat_ranges([name] * len(starts), starts,
                                           [start + n_bytes for start in starts], on_error='raise'))
     check_is_file(path)
     # read() instead of a memory map: a new map per batch costs more in page faults than reading,
-    # and a map that stays open counts all pages it ever read as this process's memory
+    # and pages of a map that stays open count as this process's memory
     with open(path, 'rb', buffering=0) as f:
         found = []
         for start in starts:
@@ -185,11 +184,11 @@ def read_ranges(path, starts, n_bytes):
 # the lock
 
 LOCK = 'run.lock'
-held = []  # this process's locks, locked for as long as they are open
+held = []  # this process's lock file, locked as long as it is open
 
 
 def check_out_dir(out_dir, must_exist):
-    """Raise UserError for an out_dir that cannot be one, or does not exist though it must."""
+    """Raise UserError for an impossible out_dir, or if it must exist and does not."""
     if not out_dir:
         raise UserError('out_dir is empty: give a folder, as in --out_dir=out_jax')
     path = os.fspath(absolute(out_dir))
@@ -203,22 +202,21 @@ def check_out_dir(out_dir, must_exist):
     if is_dir(out_dir):
         return
     if os.path.islink(out_dir) or exists(out_dir):
-        what = f'a link to {os.readlink(out_dir)}' if os.path.islink(out_dir) else 'a file'
-        raise UserError(f'cannot use {out_dir} as out_dir: it is {what}, and not a folder; give '
-                        'another --out_dir')
+        raise UserError(f'cannot use {out_dir} as out_dir: it is not a folder; give another '
+                        '--out_dir')
     if must_exist:
         raise UserError(f'{out_dir} does not exist, so there is no checkpoint: train first, '
                         'or give another --out_dir')
 
 
 def hold_out_dir(out_dir, resume=False):
-    """Keep out_dir for this process's run until the end of the process, by whatever signal.
+    """Lock out_dir for this run until the process ends, however it ends.
 
-    Creates out_dir unless resume. Raises UserError if it cannot be written, or if another run has
-    it, with that run's host and process number.
+    Creates out_dir unless resume. Raises UserError if it cannot be written, or if another run
+    holds it, with the host and process number of that run.
     """
     check_out_dir(out_dir, must_exist=resume)
-    release_out_dir()  # of the run before in the same notebook
+    release_out_dir()  # an earlier run in the same notebook
     if is_remote(out_dir):
         print(f'WARNING: {out_dir} cannot be locked, as it is in a bucket: make sure that no other '
               'run writes to it')
@@ -239,7 +237,7 @@ def hold_out_dir(out_dir, resume=False):
 
 
 def is_locked(lock):
-    """Lock a file; False if another process has it locked."""
+    """Lock a file; False if another process has locked it."""
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -252,7 +250,7 @@ def is_locked(lock):
 
 
 def release_out_dir():
-    """Let other runs use the out_dir that this process holds: for several runs in one process."""
+    """Unlock the out_dir that this process holds, for several runs in one process."""
     while held:
         held.pop().close()
 
@@ -262,11 +260,12 @@ def release_out_dir():
 
 METRICS = 'metrics.jsonl'
 
+
 class MetricsFile:
     """out_dir/metrics.jsonl: a JSON object per line, for pandas.read_json(path, lines=True).
 
     A run that resumes at start_iter keeps the lines of earlier iterations. The file of another run
-    is renamed to metrics-<time>.jsonl. In a bucket, what is there is what upload() has written.
+    is renamed to metrics-<time>.jsonl. In a bucket the file changes with each upload().
     """
 
     def __init__(self, out_dir, start_iter):
@@ -276,25 +275,24 @@ class MetricsFile:
             if start_iter > 0:
                 earlier = [line for line in read_metrics(out_dir) if line['iter'] < start_iter]
             elif exists(self.path):
-                renamed = join(out_dir, f'metrics-{time.time_ns()}.jsonl')
-                replace(self.path, renamed)
+                replace(self.path, join(out_dir, f'metrics-{time.time_ns()}.jsonl'))
             self.file = self._file_with([json.dumps(line) + '\n' for line in earlier])
         except (OSError, UserError) as e:
             self._disable(e)
 
     def _file_with(self, lines):
-        """The file to write to, with these lines at its beginning."""
+        """An open file that begins with these lines."""
         if self.is_remote:  # nothing can be appended to an object in a bucket
             file = tempfile.TemporaryFile('w+', encoding='utf-8')
             file.writelines(lines)
             return file
-        with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
+        with open_file(self.path + '.tmp', 'w') as f:
             f.writelines(lines)
         os.replace(self.path + '.tmp', self.path)
         return open(self.path, 'a', encoding='utf-8', buffering=1)  # flushed line by line
 
     def write(self, **values):
-        """Add a line; numbers that are not finite become null, as JSON has no others."""
+        """Add a line. Numbers that are not finite become null, since JSON does not have them."""
         if self.file is None:
             return
         values = {name: x if math.isfinite(x) else None for name, x in values.items()}
@@ -304,9 +302,9 @@ class MetricsFile:
             self._disable(e)
 
     def upload(self):
-        """To a bucket, copy all lines: at each evaluation, before its checkpoint, and at the end.
+        """Copy all lines to the bucket; for a folder do nothing.
 
-        So a resumed run finds all lines before its checkpoint. Folders have them already.
+        Call it before each checkpoint, so that a resumed run finds the lines before it.
         """
         if self.file is None or not self.is_remote:
             return
@@ -327,20 +325,17 @@ class MetricsFile:
 def read_metrics(path):
     """The lines of an out_dir's metrics.jsonl, or of a .jsonl file, as dicts with an int 'iter'.
 
-    Skips lines that a crash has cut off. An empty list if an out_dir has no such file.
+    Skips lines that a crash has cut off. An out_dir without the file has no lines.
     """
-    is_folder, found = is_dir(path), []
-    try:
-        with open_file(join(path, METRICS) if is_folder else path, 'rb') as f:
-            lines = f.readlines()
-    except FileNotFoundError:
-        if not is_folder:
-            raise
-        return []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            values = json.loads(line)
-            if (isinstance(values, dict) and isinstance(values.get('iter'), int)
-                    and abs(values['iter']) < 2 ** 63):
-                found.append(values)
-    return found
+    if is_dir(path):
+        path = join(path, METRICS)
+        if not exists(path):
+            return []
+    lines = []
+    with open_file(path, 'rb') as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                values = json.loads(line)
+                if isinstance(values, dict) and isinstance(values.get('iter'), int):
+                    lines.append(values)
+    return lines

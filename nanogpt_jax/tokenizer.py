@@ -1,8 +1,7 @@
 """
-Text to token ids and back: characters by a data set's meta.pkl, tokens of its own by a
-tokenizer.json, or GPT-2's BPE. What a checkpoint keeps of it is called its vocabulary here: a list
-of characters, the text of a tokenizer.json, or None for GPT-2's BPE.
-Needs neither JAX nor NumPy, so that the scripts of data/ can use it too.
+Text to token ids and back. A vocabulary, as checkpoints keep it, is a list of characters (from a
+data set's meta.pkl), the text of a tokenizer.json, or None for GPT-2's BPE.
+The scripts of data/ use this file too, so it imports neither JAX nor NumPy.
 """
 
 import contextlib
@@ -23,20 +22,20 @@ END_OF_TEXT = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>')  # GPT-2's n
 # the vocabulary of a data set
 
 def find_vocabulary(data_dir):
-    """The path of a data set's tokenizer.json or meta.pkl; None if it has GPT-2's tokens.
+    """The path of a data set's tokenizer.json or meta.pkl; None for GPT-2's tokens.
 
-    Raises UserError if it has both.
+    Raises UserError if it has both files.
     """
     names = [run_dir.join(data_dir, name) for name in ('tokenizer.json', 'meta.pkl')]
     found = [name for name in names if run_dir.exists(name)]
     if len(found) == 2:
-        raise UserError(f'{data_dir} has a tokenizer.json and a meta.pkl: delete the one that its '
-                        'train.bin was not made with')
+        raise UserError(f'{data_dir} has a tokenizer.json and a meta.pkl: keep only the one that '
+                        'its train.bin was made with')
     return found[0] if found else None
 
 
 def load_vocabulary(data_dir):
-    """(number of tokens, vocabulary) of a data set; (None, None) for GPT-2's.
+    """(number of tokens, vocabulary) of a data set; (None, None) for GPT-2's tokens.
 
     Raises UserError if its tokenizer.json or meta.pkl cannot be used.
     """
@@ -51,7 +50,7 @@ def load_vocabulary(data_dir):
 
 @contextlib.contextmanager
 def read_errors(path, hint):
-    """A context whose errors, of nearly any type, become UserErrors about a file."""
+    """A context that turns errors in reading a file, of nearly any type, into UserErrors."""
     try:
         yield
     except UserError:
@@ -68,8 +67,8 @@ def read_bytes(path):
 
 # Python's own unpickler: a few bytes make the one in C allocate gigabytes
 class PlainUnpickler(pickle._Unpickler):
-    """Reads plain dicts, lists, strings and numbers. Refuses a pickle that names anything else,
-    since loading it would run code."""
+    """Reads plain dicts, lists, strings and numbers, and refuses everything else: it could run
+    code."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it asks for {module}.{name}; '
@@ -77,10 +76,8 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 def load_meta(path):
-    """Read a meta.pkl: (vocab_size, list of characters by id, which may be shorter).
-
-    Raises UserError if the file cannot be used.
-    """
+    """(vocab_size, list of at most so many characters) of a meta.pkl. Raises UserError if it
+    cannot be used."""
     with read_errors(path, 'make it again with the prepare.py beside it'):
         meta = PlainUnpickler(io.BytesIO(read_bytes(path))).load()
         itos = meta.get('itos', {})
@@ -100,20 +97,21 @@ A_TOKENIZER = "it must be a tokenizer.json of Hugging Face's tokenizers"
 
 
 def read_tokenizer(path):
-    """The JSON of a tokenizer.json, without white space. Raises UserError if it is not JSON."""
+    """The text of a tokenizer.json, without white space. Raises UserError if it is not JSON."""
     with read_errors(path, A_TOKENIZER):
         return json.dumps(json.loads(read_bytes(path)), ensure_ascii=False, separators=(',', ':'))
 
 
 def make_tokenizer(text, source):
-    """(Tokenizer, number of its tokens) from the text of a tokenizer.json; runs no code of it.
+    """(Tokenizer, number of its tokens) from the text of a tokenizer.json; runs no code in it.
 
-    source: for errors. Raises UserError if it cannot be used, or has more than MOST_TOKENS.
+    source: a name for messages. Raises UserError if the text cannot be used, or has more than
+    MOST_TOKENS.
     """
     tokenizers = optional_import('tokenizers')
     with read_errors(source, A_TOKENIZER):
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    n = 1 + max(tokenizer.get_vocab().values(), default=-1)  # with those added to the model's
+    n = 1 + max(tokenizer.get_vocab().values(), default=-1)  # with added tokens
     if not 1 <= n <= MOST_TOKENS:
         raise UserError(f'{source} has {n:,} tokens; it must have 1 to {MOST_TOKENS:,}, since the '
                         "ids in train.bin are uint16, as nanoGPT's: train a smaller one, with "
@@ -124,14 +122,16 @@ def make_tokenizer(text, source):
 
 
 def end_of_text(tokenizer):
-    """The id of the token that ends a document, or None."""
+    """The id of the token that ends a document, or None if there is none."""
     ids = [tokenizer.token_to_id(name) for name in END_OF_TEXT]
     return next((i for i in ids if i is not None), None)
 
 
 def train_tokenizer(texts, n_tokens, show_progress=False):
-    """The text of a tokenizer.json with at most n_tokens: byte-level BPE of the texts, split into
-    words as GPT-2's, with <|endoftext|>. Any text can be encoded."""
+    """Train byte-level BPE with at most n_tokens; returns the text of its tokenizer.json.
+
+    It splits words as GPT-2 does, has <|endoftext|>, and can encode any text.
+    """
     tokenizers = optional_import('tokenizers')
     bytes_as_chars = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -145,9 +145,9 @@ def train_tokenizer(texts, n_tokens, show_progress=False):
 
 
 def stream_decoder(tokenizer, prompt):
-    """decode for one continuation of the ids of a prompt: ids to UTF-8 bytes of what is new.
+    """decode() for one continuation of a prompt's ids: new ids to their UTF-8 bytes.
 
-    A token's text may depend on those before it, and a character may take several.
+    The text of a token may depend on earlier tokens, and a character may take several tokens.
     """
     DecodeStream = optional_import('tokenizers').decoders.DecodeStream
     stream = DecodeStream(skip_special_tokens=False)
@@ -167,7 +167,7 @@ def stream_decoder(tokenizer, prompt):
 
 
 def as_tokenizer(vocabulary, source):
-    """The tokenizers.Tokenizer of a vocabulary (of nanogpt_jax/tokenizer.py)."""
+    """The tokenizers.Tokenizer of a vocabulary. source: a name for messages."""
     tokenizers = optional_import('tokenizers')
     if isinstance(vocabulary, str):
         return make_tokenizer(vocabulary, source)[0]
@@ -182,30 +182,18 @@ def as_tokenizer(vocabulary, source):
 
 
 def gpt2_tokenizer(tokenizers):
-    """GPT-2's BPE as a tokenizers.Tokenizer, from tiktoken's ranks."""
-    enc = gpt2_encoding()
-    tokens = [enc.decode_single_token_bytes(i) for i in range(enc.eot_token)]
-    ranks = {token: i for i, token in enumerate(tokens)}
-    # GPT-2 writes bytes as characters: 188 printable ones as themselves, the others from 256 on
-    chars = {token[0]: chr(token[0] if i < 188 else 256 - 188 + i)
-             for i, token in enumerate(tokens[:256])}
-
-    def as_text(token):
-        return ''.join(chars[byte] for byte in token)
-
-    def halves(token):
-        """The two tokens that a token is merged from: what earlier merges make of its bytes."""
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            merged = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-            i = merged.index(min(merged))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        return tuple(map(as_text, parts))
+    """GPT-2's BPE as a tokenizers.Tokenizer, from the files that tiktoken downloads."""
+    end = gpt2_encoding().eot_token
+    read = optional_import('tiktoken.load').read_file_cached
+    url = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+    vocab = json.loads(read(url + 'encoder.json'))
+    _, *merges = read(url + 'vocab.bpe').decode().splitlines()  # after the version
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {as_text(token): i for i, token in enumerate(tokens)}, [*map(halves, tokens[256:])]))
+        vocab, [tuple(merge.split(' ')) for merge in merges]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([enc.decode([enc.eot_token])])
+    tokenizer.add_special_tokens([END_OF_TEXT[0]])
+    assert tokenizer.token_to_id(END_OF_TEXT[0]) == end
     return tokenizer
 
 

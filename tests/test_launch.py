@@ -28,7 +28,8 @@ def initialized(monkeypatch):
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # Ctrl-C ends the wait
         calls.append({name: value for name, value in kwargs.items() if 'timeout' not in name})
     monkeypatch.setattr(jax.distributed, 'initialize', initialize)
-    monkeypatch.setattr(launch, 'silence_other_processes', lambda rank: None)
+    for function in ('silence_other_processes', 'end_with_others'):
+        monkeypatch.setattr(launch, function, lambda rank: None)
     monkeypatch.setattr(errors, 'process_label', '')
     return calls
 
