@@ -1,5 +1,5 @@
 """
-Time the training step alone, as a much shorter train_jax.py, or time sampling.
+Time the training step without train_jax.py's evaluations and checkpoints, or time sampling.
 $ python bench_jax.py --real_data=False
 $ python bench_jax.py --real_data=False --batch_size=32 --remat=True
 $ python bench_jax.py --real_data=False --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
@@ -38,7 +38,7 @@ n_head = 12 # attention heads; must divide n_embd
 n_embd = 768 # width of the embeddings
 dropout = 0.0 # above 0 attention is computed by XLA, which is slower on GPUs and TPUs
 vocab_size = 50304 # GPT-2's 50257, padded to a multiple of 64
-real_data = True # batches of dataset; False: the same batch of random tokens again and again
+real_data = True # batches of dataset; False: one batch of random tokens, repeated
 dataset = 'openwebtext' # a folder in data/
 seed = 1337 # of weights and batches
 device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1', 'tpu'; of several devices one is timed
@@ -47,7 +47,7 @@ attention = 'auto' # 'cudnn' (NVIDIA GPUs), 'splash' (TPUs), 'xla' (any device),
 remat = False # recompute each block in the backward pass: less memory, a third more FLOPs
 compilation_cache = False # True: use cached programs of earlier runs, as train_jax.py does
 compile = True # no effect: XLA always compiles
-max_new_tokens = 0 # time sampling instead: N tokens after a prompt of one, batch_size samples
+max_new_tokens = 0 # above 0: time sampling instead, batch_size samples of this many tokens
 profile = False # write a trace of 5 steps to ./bench_log, for TensorBoard or ui.perfetto.dev
 from configurator import configure
 config, given = configure(globals()) # all settings, and the names of those that were given
@@ -90,10 +90,10 @@ if max_new_tokens:
                               key=jax.random.key(seed))
     print(f'first call, with compilation: {median_time(generate, 1):.2f} s')
     dt = median_time(generate, 5)
-    # no token can be sampled faster than the weights are read; summing them does little else
+    # sampling a token takes at least as long as reading the weights, timed here by summing them
     _, params, head = sampling_weights(model)
     if head is not None:
-        del params['transformer']['wte'] # a few rows of it; the output layer has its own copy
+        del params['transformer']['wte'] # only a few rows are read; the output layer has a copy
     weights = jax.tree.leaves((params, head))
     read = jax.jit(lambda weights: [w.sum() for w in weights])
     floor = median_time(lambda: read(weights), 10)
@@ -127,7 +127,7 @@ print(f'memory by the compiled program: {arguments / 2**30:.2f} GiB of state and
       f'{temporary / 2**30:.2f} GiB while it runs')
 
 def run(step, state, num_steps):
-    """num_steps training steps, each loss read while the next step is computed."""
+    """Make num_steps training steps; each loss is read while the next step runs."""
     batch, metrics = get_batch(0), None
     for k in range(num_steps):
         previous = metrics
@@ -149,7 +149,7 @@ else:
     state = run(train_step, state, num_steps)
     dt = (time.perf_counter() - t0) / num_steps
 
-    # the host's share of the time: a step that returns the same state and computes almost nothing
+    # the host's share of the time, from a step that computes almost nothing
     idle = jax.jit(lambda state, x, y, it: (state, {'loss': jnp.float32(0) * it}),
                    donate_argnums=0)
     idle = idle.lower(state, *get_batch(0), np.int32(0)).compile()

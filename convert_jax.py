@@ -1,13 +1,13 @@
 """
-Convert checkpoints from and to PyTorch: nanoGPT's ckpt.pt both ways, and a folder with weights and
-tokenizer for Hugging Face transformers. Only writing a ckpt.pt needs torch. Nothing at dst is
-overwritten.
+Convert checkpoints: from and to nanoGPT's ckpt.pt, and to a folder with weights and tokenizer for
+Hugging Face transformers. Only writing a ckpt.pt needs torch. Existing files are never overwritten.
 $ python convert_jax.py --src=ckpt.pt --dst=out-converted
 $ python convert_jax.py --src=out-shakespeare-char --dst=ckpt.pt --format=nanogpt
 $ python convert_jax.py --src=out-shakespeare-char --dst=hf-shakespeare --format=hf
 """
 
 import contextlib
+import math
 import os
 import sys
 import tempfile
@@ -35,18 +35,19 @@ from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import as_tokenizer, end_of_text, load_vocabulary
 from nanogpt_jax.torch_file import read_torch_file
 
-sys.excepthook = report_user_error
-quiet_orbax()
+if __name__ == '__main__':
+    sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
+    quiet_orbax()
 # -----------------------------------------------------------------------------
 src = '' # a ckpt.pt of nanoGPT, or the out_dir of a run of train_jax.py
 dst = '' # the path to write: an out_dir, a ckpt.pt, or a folder
 format = 'jax' # what to write: an out_dir ('jax'), a ckpt.pt ('nanogpt') or a folder ('hf')
 checkpoint = 'auto' # of an out_dir: 'latest', 'best', an iteration, or 'auto', as in sample_jax.py
 from configurator import configure
-configure(globals()) # overrides from the command line and config files
+# overrides from the command line and config files
+configure(globals(), sys.argv[1:] if __name__ == '__main__' else [])
 # -----------------------------------------------------------------------------
 
-devices = select_devices('cpu')[:1]
 # only the structure of its state is used
 TX = create_optimizer(lambda it: 0.0, weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0)
 
@@ -61,27 +62,27 @@ def optimizer_names(model_args):
 # -----------------------------------------------------------------------------
 # from nanoGPT's ckpt.pt
 
+KINDS = dict(model=dict, optimizer=dict, model_args=dict, config=dict, iter_num=int,
+             best_val_loss=(int, float, np.ndarray))
+
+
 def read_ckpt():
-    """The ckpt.pt at src, whose parts have the right types. Raises UserError."""
+    """The ckpt.pt at src, with parts of the right types. Raises UserError."""
     if not os.path.isfile(src):
         raise UserError(f'{src} is not a file; give a ckpt.pt of nanoGPT with --src')
     ckpt = read_torch_file(src)
-    wanted = {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'}
-    if not isinstance(ckpt, dict) or wanted - ckpt.keys():
-        found = sorted(map(str, ckpt)) if isinstance(ckpt, dict) else type(ckpt).__name__
-        raise UserError(f'{src} is not a checkpoint of nanoGPT: it lacks some of {sorted(wanted)}, '
-                        f'and has {found!s:.200}')
-    for name in ('model', 'optimizer', 'model_args', 'config'):
-        if not isinstance(ckpt[name], dict):
-            raise UserError(f'{src}: {name} is a {type(ckpt[name]).__name__}; it must be a dict')
-    iter_num, best = ckpt['iter_num'], ckpt['best_val_loss']
-    if type(iter_num) is not int or not 0 <= iter_num < 2 ** 31:
-        raise UserError(f'{src}: iter_num is {iter_num!r:.50}; it must be an int of at least 0')
-    if isinstance(best, np.ndarray) and best.ndim == 0:
-        best = best.item()
-    if type(best) not in (int, float) or not abs(best) <= sys.float_info.max:
-        raise UserError(f'{src}: best_val_loss is {best!r:.50}; it must be a number')
-    return ckpt | {'best_val_loss': float(best)}
+    if not isinstance(ckpt, dict) or KINDS.keys() - ckpt.keys():
+        raise UserError(f'{src} is not a checkpoint of nanoGPT: it must be a dict with '
+                        f'{", ".join(KINDS)}')
+    for name, kind in KINDS.items():
+        if not isinstance(ckpt[name], kind):
+            raise UserError(f'{src} is not a checkpoint of nanoGPT: {name} is {ckpt[name]!r:.50}')
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        best = float(ckpt['best_val_loss'])
+        if math.isfinite(best) and 0 <= ckpt['iter_num'] < 2 ** 31:
+            return ckpt | {'best_val_loss': best}
+    raise UserError(f'{src} has impossible numbers: iter_num is {ckpt["iter_num"]!r:.50}, '
+                    f'best_val_loss is {ckpt["best_val_loss"]!r:.50}')
 
 
 def read_weights(ckpt):
@@ -99,13 +100,6 @@ def read_weights(ckpt):
     return weights
 
 
-def read_config(ckpt, weights):
-    """The GPTConfig of a checkpoint. Raises UserError if its model_args are not usable."""
-    check_model_args(ckpt['model_args'], src)
-    check_n_layer(ckpt['model_args']['n_layer'], weights, src)
-    return GPTConfig.from_model_args(ckpt['model_args'])
-
-
 def model_with(config, weights):
     """A model with the given weights, {nanoGPT's name: array}."""
     model = split_model(config).model
@@ -114,15 +108,15 @@ def model_with(config, weights):
 
 
 def read_moments(optimizer, names):
-    """AdamW's state, as (exp_avg, exp_avg_sq, number of steps), the first two by nanoGPT's names;
-    None before the first step. names: of optimizer_names. Raises UserError."""
+    """AdamW's state: (exp_avg, exp_avg_sq, number of steps), the first two by nanoGPT's names; None
+    before the first step. names: of optimizer_names. Raises UserError."""
     try:
         order = [i for group in optimizer['param_groups'] for i in group['params']]
         state = optimizer['state']
         if not state:
             return None
         if [len(g['params']) for g in optimizer['param_groups']] != [*map(len, names)]:
-            raise ValueError(f'its groups have not {len(names[0])} and {len(names[1])} parameters')
+            raise ValueError(f'its groups must have {len(names[0])} and {len(names[1])} parameters')
         exp_avg, exp_avg_sq = (
             {name: np.asarray(state[i][key], np.float32) for i, name in zip(order, sum(names, []))}
             for key in ('exp_avg', 'exp_avg_sq'))
@@ -135,19 +129,6 @@ def read_moments(optimizer, names):
     return exp_avg, exp_avg_sq, steps.pop()
 
 
-def set_moments(opt_state, mu, nu, steps, iter_num):
-    """An optimizer state with AdamW's moments and step count, and with the schedule's count, which
-    is the iteration."""
-    def replaced(state):
-        if isinstance(state, optax.ScaleByAdamState):
-            return state._replace(mu=mu, nu=nu, count=np.int32(steps))
-        if isinstance(state, optax.ScaleByScheduleState):
-            return state._replace(count=np.int32(iter_num))
-        return state
-    kinds = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
-    return jax.tree.map(replaced, opt_state, is_leaf=lambda s: isinstance(s, kinds))
-
-
 def read_state(ckpt, config, weights):
     """(training state on this machine's CPU, whether it has the optimizer's moments)."""
     state = create_train_state(model_with(config, weights), TX)
@@ -156,15 +137,18 @@ def read_state(ckpt, config, weights):
         *trees, steps = moments
         mu, nu = (nnx.to_pure_dict(nnx.state(model_with(config, tree), nnx.Param))
                   for tree in trees)
-        state['opt_state'] = set_moments(state['opt_state'], mu, nu, steps, ckpt['iter_num'])
-    return jax.device_put(state, devices[0]), moments is not None
+        state['opt_state'] = optax.tree.set(
+            state['opt_state'],
+            ScaleByAdamState=optax.ScaleByAdamState(np.int32(steps), mu, nu),
+            ScaleByScheduleState=optax.ScaleByScheduleState(np.int32(ckpt['iter_num'])))
+    return jax.device_put(state, jax.devices('cpu')[0]), moments is not None
 
 
 def vocabulary_of(config, data_dir):
-    """A model's vocabulary (of nanogpt_jax/tokenizer.py), from its data set. Raises UserError if
+    """A model's vocabulary (see nanogpt_jax/tokenizer.py), from its data set. Raises UserError if
     the data set has another one."""
     vocab_size, vocabulary = load_vocabulary(data_dir)
-    if vocabulary is None and config.vocab_size < 50257:  # so the ids are not GPT-2's
+    if vocabulary is None and config.vocab_size < 50257:  # not GPT-2's tokens
         print(f'WARNING: no meta.pkl or tokenizer.json in {data_dir}, so {dst} can be trained but '
               'not sampled: prepare the data, and convert again')
         vocabulary = []
@@ -177,14 +161,15 @@ def vocabulary_of(config, data_dir):
 def nanogpt_to_run():
     ckpt = read_ckpt()
     weights = read_weights(ckpt)
-    config = read_config(ckpt, weights)
+    check_model_args(ckpt['model_args'], src)
+    check_n_layer(ckpt['model_args']['n_layer'], weights, src)
+    config = GPTConfig.from_model_args(ckpt['model_args'])
     state, has_moments = read_state(ckpt, config, weights)
     model_args = model_args_of(config)
-    shape = {name: value for name, value in model_args.items() if name != 'vocab_size'}
-    settings = {name: value for name, value in ckpt['config'].items() if isinstance(name, str)
-                and (type(value) in (bool, float, str)
-                     or type(value) is int and abs(value) < 2 ** 63)}
-    settings = {'always_save_checkpoint': True} | settings | shape
+    settings = {name: value for name, value in ckpt['config'].items()
+                if type(value) in (bool, int, float, str)}
+    settings = {'always_save_checkpoint': True} | settings | model_args
+    del settings['vocab_size']  # which is not a setting
     vocabulary = vocabulary_of(config, data_dir_of(str(settings.get('dataset', ''))))
     hold_out_dir(dst)
     if steps_on_disk(dst):
@@ -209,7 +194,8 @@ def read_run(tx=None):
     """
     def abstract_of(meta):
         config = GPTConfig.from_model_args(meta['model_args'])
-        state = abstract_train_state(config, tx or optax.identity(), make_mesh(devices))
+        mesh = make_mesh(jax.devices('cpu')[:1])
+        state = abstract_train_state(config, tx or optax.identity(), mesh)
         return state if tx else {'params': state['params']}
     _, meta, state = Checkpoints(src, read_only=True).load(checkpoint, abstract_of)
     graphdef = split_model(GPTConfig.from_model_args(meta['model_args'])).eval_graphdef
@@ -221,10 +207,10 @@ def read_run(tx=None):
 
 @contextlib.contextmanager
 def written(path):
-    """A path to write to in a with block; it is renamed to path once the block has succeeded."""
+    """A path to write to in a with block, which renames it to path at its end if it succeeds."""
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    # in a new folder, so that it is nobody else's, not even that of a conversion to the same path
+    # a new folder: a fixed name could be another file, or another conversion to the same path
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
         part = os.path.join(folder, os.path.basename(path))
         yield part
@@ -234,19 +220,16 @@ def written(path):
 def run_to_nanogpt():
     torch = optional_import('torch')
     weights, state, graphdef, meta = read_run(TX)
-
-    def is_adam(s):
-        return isinstance(s, optax.ScaleByAdamState)
-    adam = next(filter(is_adam, jax.tree.leaves(state['opt_state'], is_leaf=is_adam)), None)
+    adam = optax.tree.get(state['opt_state'], 'ScaleByAdamState')
     if adam is None or jax.tree.structure(adam.mu) != jax.tree.structure(state['params']):
-        raise UserError(f'{src} was not trained by AdamW alone, and a ckpt.pt has its moments; '
+        raise UserError(f'{src} was not trained by AdamW alone, and a ckpt.pt needs its moments; '
                         '--format=hf writes the weights')
     steps, settings = int(adam.count), meta['config']
     weights, exp_avg, exp_avg_sq = (
         {name: torch.tensor(w) for name, w in tree.items()} for tree in
         (weights, *(export_torch_weights(nnx.merge(graphdef, m)) for m in (adam.mu, adam.nu))))
     names = optimizer_names(meta['model_args'])
-    # a real AdamW, so that its state has the format of the installed torch
+    # a real AdamW has a state in the format of the installed torch
     groups = [{'params': [torch.nn.Parameter(weights[name]) for name in group],
                'weight_decay': decay}
               for group, decay in zip(names, (settings.get('weight_decay', 0.1), 0.0))]
@@ -281,18 +264,24 @@ def run_to_hf():
           f"transformers.pipeline('text-generation', {dst!r})")
 
 
-makers = {'jax': nanogpt_to_run, 'nanogpt': run_to_nanogpt, 'hf': run_to_hf}
-if format not in makers:
-    raise UserError(f'format is {format!r}; it must be jax, nanogpt or hf')
-for name, value in (('src', src), ('dst', dst)):
-    if not value:
-        raise UserError(f'give --{name}, the path to {"read" if name == "src" else "write"}')
-if format != 'jax' and is_remote(dst):
-    raise UserError(f'cannot write {dst}: only --format=jax writes to a bucket; give a path on '
-                    'this machine')
-if format != 'jax' and os.path.exists(dst):
-    raise UserError(f'{dst} exists, and is not overwritten; choose another --dst')
-try:
-    makers[format]()
-except OSError as e:
-    raise UserError(f'cannot write {dst}: {e}') from e
+def main():
+    makers = {'jax': nanogpt_to_run, 'nanogpt': run_to_nanogpt, 'hf': run_to_hf}
+    if format not in makers:
+        raise UserError(f'format is {format!r}; it must be jax, nanogpt or hf')
+    for name, path, use in (('src', src, 'read'), ('dst', dst, 'write')):
+        if not path:
+            raise UserError(f'give --{name}, the path to {use}')
+    if format != 'jax' and is_remote(dst):
+        raise UserError(f'cannot write {dst}: only --format=jax writes to a bucket; give a path on '
+                        'this machine')
+    if format != 'jax' and os.path.exists(dst):
+        raise UserError(f'{dst} exists, and is not overwritten; choose another --dst')
+    select_devices('cpu')
+    try:
+        makers[format]()
+    except OSError as e:
+        raise UserError(f'cannot write {dst}: {e}') from e
+
+
+if __name__ == '__main__':
+    main()

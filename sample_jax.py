@@ -25,7 +25,7 @@ from nanogpt_jax.sharding import make_mesh
 from nanogpt_jax.tokenizer import get_tokenizer, read_prompt
 
 sys.excepthook = report_user_error # a user's mistake is one line, not a traceback
-# standard output is for the samples; all else goes to standard error
+# standard output is for the samples; everything else goes to standard error
 samples_out = keep_stdout_for_samples()
 quiet_orbax()
 # -----------------------------------------------------------------------------
@@ -37,12 +37,12 @@ checkpoint = 'auto' # 'latest', 'best', an iteration, or 'auto': the best if the
 start = '\n' # the prompt; 'FILE:prompt.txt' reads it from a file
 num_samples = 10 # drawn in one batch
 interactive = False # continue each line of standard input; num_samples is then 0, unless given
-stream = False # print tokens as they come, one sample after the other
+stream = False # print each token at once, one sample after the other
 max_new_tokens = 500 # tokens in each sample, after the prompt
 stop = '' # a sample ends before this text, for instance '<|endoftext|>'
 temperature = 0.8 # 1.0: the model's distribution; lower: less random; 0.0: the most likely token
 top_k = 200 # sample from the top_k most likely tokens only
-top_p = 1.0 # and of these from the most likely ones that together have this probability
+top_p = 1.0 # of these, only the most likely ones that together have this probability
 seed = 1337 # the same seed gives the same text
 device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1', 'tpu'; of several devices one is used
 dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16' or 'float16'; a CPU computes in float32
@@ -86,7 +86,7 @@ def say(text):
     print(text, end='', file=samples_out, flush=True)
 
 def read_lines():
-    """The lines of standard input that are not empty."""
+    """Yield the lines of standard input that are not empty."""
     sys.stdin.reconfigure(errors='replace')
     while True:
         if sys.stdin.isatty():
@@ -94,15 +94,15 @@ def read_lines():
         line = sys.stdin.readline()
         if not line:
             if sys.stdin.isatty():
-                print() # the prompt's line has no end yet
+                print() # ends the line of the prompt
             return
         if line.strip('\r\n'):
             yield line.strip('\r\n')
 
 def sample(prompt, key, first, n):
-    """Print n continuations of a prompt, numbered from first on; with --stream n is 1.
+    """Print n continuations of a prompt, numbered from `first`; with --stream n is 1.
 
-    Returns (n, their tokens in all, seconds).
+    Returns (n, total tokens, seconds).
     """
     t0 = time.perf_counter()
     ids = np.array(encode(prompt), np.int32)
@@ -111,7 +111,7 @@ def sample(prompt, key, first, n):
     texts = [Continuation(make_decode(ids), stop) for _ in range(n)]
     if stream:
         say(prompt)
-    chunk = 1 if stream else 16 if stop else None # tokens between checks whether all have ended
+    chunk = 1 if stream else 16 if stop else None # tokens between checks for the end of all texts
     for tokens in stream_tokens(model, idx, max_new_tokens, sampler, key, chunk, first):
         new = [text.add(ids) for text, ids in zip(texts, tokens.tolist())]
         if stream:
@@ -124,14 +124,14 @@ def sample(prompt, key, first, n):
     return n, sum(text.n_tokens for text in texts), time.perf_counter() - t0
 
 key = jax.random.key(seed)
-done = [] # what sample returned
+done = [] # results of sample()
 if num_samples:
     prompt = read_prompt(start)
     for first in range(num_samples) if stream else [0]:
         done.append(sample(prompt, key, first, 1 if stream else num_samples))
 refused = False
 if interactive and sys.stdin.isatty():
-    print('the first continuation takes some seconds more: it is compiled')
+    print('the first continuation takes some seconds longer, to compile')
 for number, prompt in enumerate(read_lines(), start=1) if interactive else ():
     try:
         done.append(sample(prompt, jax.random.fold_in(key, number), 0, 1))

@@ -1,5 +1,5 @@
 """
-The machine that a script runs on: the version of JAX, devices and their peaks, memory, and the
+The machine that a script runs on: versions of JAX, devices and their peaks, memory, and the
 compilation cache.
 """
 
@@ -48,7 +48,7 @@ def version_warning(package, version):
 
 
 def warn_about_versions():
-    """Print one line if jaxlib, which has the compiler, or jax is not a version to use."""
+    """Print one line if requirements_jax.txt excludes this jaxlib (the compiler) or this jax."""
     warning = (version_warning('jaxlib', jaxlib.__version__)
                or version_warning('jax', jax.__version__))
     if warning:
@@ -58,10 +58,10 @@ def warn_about_versions():
 # -----------------------------------------------------------------------------
 # devices
 
-# dense bfloat16 peaks in FLOP/s with float32 sums, by the makers; float16 where there is no
+# the makers' dense bfloat16 peaks with float32 sums, in FLOP/s; float16 for devices without
 # bfloat16 (V100, T4, RTX 20). Names match whole words of a device's kind; the longest match counts
 PEAK_FLOPS = {
-    # NVIDIA's data sheets, most of which print twice the figure, with sparsity
+    # NVIDIA's data sheets; most of them print twice this, with sparsity
     'v100': 125e12, 't4': 65e12, 'a100': 312e12, 'a800': 312e12, 'a30': 165e12, 'a40': 149.7e12,
     'a10': 125e12, 'a10g': 70e12, 'a2': 18e12, 'l4': 121e12, 'l40': 181e12, 'l40s': 362e12,
     'l20': 119.5e12, 'h100': 989.5e12, 'h100 pcie': 756.5e12, 'h100 nvl': 835e12, 'h800': 989.5e12,
@@ -74,7 +74,7 @@ PEAK_FLOPS = {
     'rtx 3090': 71e12, 'rtx 4070 ti': 80.2e12, 'rtx 4080': 97.5e12, 'rtx 4090': 165.2e12,
     'rtx 5070': 61.7e12, 'rtx 5070 ti': 87.9e12, 'rtx 5080': 112.6e12, 'rtx 5090': 209.5e12,
     'rtx pro 6000 blackwell workstation edition': 503.8e12,
-    # from NVIDIA's cores and boost clocks: four FLOPs per core and cycle, as for the ones above
+    # from NVIDIA's cores and boost clocks: four FLOPs per core and cycle, as above
     'rtx 3060': 25.5e12, 'rtx 3060 ti': 32.4e12, 'rtx 3070 ti': 43.5e12, 'rtx 3080 ti': 68.2e12,
     'rtx 3090 ti': 80e12, 'rtx 4060': 30.2e12, 'rtx 4060 ti': 44.1e12, 'rtx 4070': 58.3e12,
     'rtx 4070 super': 71e12, 'rtx 4070 ti super': 88.2e12, 'rtx 4080 super': 104.4e12,
@@ -82,7 +82,7 @@ PEAK_FLOPS = {
     # AMD's data sheets; JAX sees the two halves of an MI250 or MI250X as two devices
     'mi100': 92.3e12, 'mi210': 181e12, 'mi250': 181e12, 'mi250x': 191.5e12, 'mi300a': 980.6e12,
     'mi300x': 1307.4e12, 'mi325x': 1307.4e12, 'mi350x': 2306.9e12, 'mi355x': 2516.6e12,
-    # Google's documents on each TPU; JAX sees the two cores of a v2, v3 or v7x as two devices
+    # Google's documentation; JAX sees the two cores of a v2, v3 or v7x as two devices
     'tpu v2': 45e12 / 2, 'tpu v3': 123e12 / 2, 'tpu v4': 275e12, 'tpu v4 lite': 138e12,
     'tpu v5 lite': 197e12, 'tpu v5e': 197e12, 'tpu v5': 459e12, 'tpu v5p': 459e12,
     'tpu v6 lite': 918e12, 'tpu v6e': 918e12, 'tpu7x': 2307e12 / 2,
@@ -90,7 +90,7 @@ PEAK_FLOPS = {
 
 
 def table_peak(device):
-    """The 16-bit peak of a device in FLOP/s by PEAK_FLOPS, or None."""
+    """The 16-bit peak of a device in FLOP/s from PEAK_FLOPS, or None."""
     kind = device.device_kind.lower()
     if re.search(r'\b(laptop|max-q|d|mig)\b', kind):  # laptop variants and MIG slices
         return None
@@ -99,15 +99,15 @@ def table_peak(device):
 
 
 def peak_flops(device):
-    """What a device's mfu is counted against, in FLOP/s: its 16-bit peak; on a CPU the float32
-    matmul rate measured here; an A100's peak, as in nanoGPT, if its own is not known."""
+    """The FLOP/s that a device's mfu is counted against: its 16-bit peak; for a CPU the measured
+    float32 matmul rate; for an unknown device an A100's peak, as in nanoGPT."""
     if device.device_kind == 'cpu':
         return matmul_flops() / jax.local_device_count('cpu')  # they share the cores
     return table_peak(device) or PEAK_FLOPS['a100']
 
 
 def describe_peak(device, n_devices=1):
-    """A line that says what mfu is counted against."""
+    """A line with the peak that mfu is counted against."""
     peak = peak_flops(device) / 1e12
     if device.device_kind == 'cpu':
         return (f'mfu is counted against {n_devices * peak:.3g} TFLOP/s, the float32 matmul rate '
@@ -136,16 +136,15 @@ def compute_capability(device):
 
 
 def select_devices(device='auto'):
-    """The devices that --device names: auto, cpu, gpu or cuda, tpu, any other platform that JAX has
+    """The devices that --device names: auto, cpu, gpu or cuda, tpu, another platform that JAX has
     here (rocm, METAL, ...), or one of several as in cuda:1.
 
-    Call it before JAX is used otherwise. Prints a warning for a version of JAX that
-    requirements_jax.txt excludes. Raises UserError for absent and unknown devices.
+    Call it before anything else uses JAX. Raises UserError for absent and unknown devices.
     """
     warn_about_versions()
     platform, _, index = device.partition(':')
     if index and not index.isdecimal():
-        raise UserError(f'device is {device!r}; one of several is chosen by its number, as in '
+        raise UserError(f'device is {device!r}; choose one of several by its number, as in '
                         f'{platform}:1')
     if platform == 'cpu':
         jax.config.update('jax_platforms', 'cpu')  # do not take a GPU's memory
@@ -166,8 +165,8 @@ def select_devices(device='auto'):
         devices = [devices[int(index)]]
     counts = Counter(d.process_index for d in devices)
     if len({*counts.values()}) > 1:  # they could not even exchange a number
-        raise UserError(f'the processes have {dict(counts)} devices, by their index: start all of '
-                        'them with as many')
+        raise UserError(f'the processes have {dict(counts)} devices, by their index: start each '
+                        'with the same number')
     if platform == 'auto' and devices[0].platform == 'cpu' and os.path.exists('/dev/nvidia0'):
         print('WARNING: this machine has an NVIDIA GPU, but JAX sees only the CPU; '
               'see requirements_jax.txt')
@@ -187,7 +186,7 @@ def usable_platforms():
 
 
 def on_host():
-    """A context in which new arrays are created in host memory, if JAX_PLATFORMS allows it."""
+    """A context that creates arrays in host memory, if JAX_PLATFORMS allows it."""
     try:
         return jax.default_device(jax.local_devices(backend='cpu')[0])
     except RuntimeError:
@@ -195,8 +194,8 @@ def on_host():
 
 
 def compute_dtype(dtype, devices, given=False):
-    """The dtype to compute in on these devices, as in nanoGPT: float32 on a CPU, and float16 in
-    place of bfloat16 on an NVIDIA GPU without it, unless the user has `given` it; else `dtype`.
+    """The dtype to compute in on these devices: `dtype`, but float32 on a CPU. An NVIDIA GPU
+    without bfloat16 gets float16 instead, as in nanoGPT, unless the user has `given` bfloat16.
 
     Raises UserError for an unknown dtype.
     """
@@ -213,13 +212,12 @@ def compute_dtype(dtype, devices, given=False):
 
 
 def attention_path(attention, compute_type, head_size, device):
-    """Which attention to use: 'cudnn', 'splash' or 'xla'; 'auto' chooses the fastest that works
-    here.
+    """The attention to use: 'cudnn', 'splash' or 'xla'. 'auto' chooses the fastest that works here.
 
-    cuDNN's kernel needs an NVIDIA GPU of the Ampere generation or newer, 16 bits, and a head size
-    that is a multiple of 8 up to 128, from the Hopper generation on up to 256; splash attention a
-    TPU v4 or newer, and not float16. Raises UserError if one was requested without these, and for
-    an unknown name.
+    cuDNN's kernel needs 16 bits and an NVIDIA GPU of the Ampere generation or newer. The head size
+    must be a multiple of 8 up to 128, or up to 256 from the Hopper generation on. Splash attention
+    needs a TPU v4 or newer, and not float16. Raises UserError if the requested one does not work,
+    and for an unknown name.
     """
     if attention not in ('auto', 'cudnn', 'splash', 'xla'):
         raise UserError(f'attention is {attention!r}; it must be auto, cudnn, splash or xla')
@@ -257,18 +255,18 @@ def keep_freed_memory():
 
 
 def program_memory(program, platform):
-    """(bytes of a compiled program's arguments, bytes that a device needs beside them)."""
+    """(bytes of a compiled program's arguments, other bytes that it needs on a device)."""
     m = program.memory_analysis()
     arguments = m.argument_size_in_bytes
     if platform == 'tpu':
-        # what libtpu allocates and limits; its temp_size_in_bytes is more
+        # the memory that libtpu allocates and limits; temp_size_in_bytes is larger
         return arguments, m.peak_memory_in_bytes - arguments
     return arguments, m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
 
 
 def enable_compilation_cache():
     """Cache compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR."""
-    # a damaged entry, or a full disk, costs a compilation and nothing else
+    # a damaged entry or a full disk only costs a compilation
     warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
     if jax.__version__ == '0.10.1' and jax.default_backend() == 'cpu':
         # warns about every program that it reads (openxla/xla #44565)
@@ -289,8 +287,8 @@ def enable_compilation_cache():
 
 
 def cpu_key():
-    """A name for this kind of CPU: programs compiled for one CPU may crash on another, and home
-    folders are shared between machines."""
+    """A name for this kind of CPU: programs compiled for one CPU may crash on another, and machines
+    may share a home folder."""
     features = machine.machine() + machine.processor()
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as f:

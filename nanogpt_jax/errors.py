@@ -1,6 +1,7 @@
 """Errors that a user can fix, and how the scripts print them. Imports nothing of this project."""
 
 import contextlib
+import errno
 import importlib
 import os
 import re
@@ -47,10 +48,10 @@ def check_memory(n_bytes, what, hint):
 
 
 def report_user_error(kind, error, traceback):
-    """sys.excepthook of the scripts: one line for a UserError, for a lack of memory and for a lost
-    process, none for Ctrl-C and a closed pipe, and the traceback for everything else.
+    """sys.excepthook of the scripts: one line for a UserError, a lack of memory, a full disk and a
+    lost process, none for Ctrl-C and a closed pipe, and the traceback for everything else.
 
-    One of several processes exits at once: a normal exit would wait for the others.
+    One of several processes exits at once, since a normal exit would wait for the others.
     """
     text = ' '.join(str(error).split())  # a path may have line breaks
     if issubclass(kind, UserError):
@@ -64,8 +65,10 @@ def report_user_error(kind, error, traceback):
     elif process_label and LOST_CONNECTION.search(text):
         report('lost the connection to the other processes, most likely because one of them has '
                f'exited (...{text[-150:]}). Restart all of them with --init_from=resume')
-    elif issubclass(kind, BrokenPipeError):
+    elif issubclass(kind, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the flush at exit does not fail too
+        if error.errno == errno.ENOSPC:
+            report(text)
     elif not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
     if process_label:

@@ -1,6 +1,6 @@
 """
-GPT-2 outside this project, without torch: the parameters of its four sizes, and Hugging Face
-folders, read and written: config.json, model.safetensors, and the tokenizer.
+GPT-2 in other projects, without torch: its four sizes, its parameters, and Hugging Face folders
+(config.json, model.safetensors, tokenizer), read and written.
 """
 
 import json
@@ -11,6 +11,7 @@ import numpy as np
 from scipy.special import erf
 
 from nanogpt_jax.errors import UserError, optional_import
+from nanogpt_jax.run_dir import check_is_file, open_file
 
 GPT2_SHAPES = {  # n_layer, n_head, n_embd
     'gpt2': (12, 12, 768),  # 124M
@@ -21,19 +22,18 @@ GPT2_SHAPES = {  # n_layer, n_head, n_embd
 # stored (in, out) on the hub; nanoGPT's Linear is (out, in)
 CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 
-# allowed values in config.json, where it has them: all others belong to other models
+# allowed values in config.json; others mean another model
 REQUIRED = dict(model_type=('gpt2',), activation_function=('gelu_new', 'gelu'),
                 layer_norm_epsilon=(1e-5,), scale_attn_weights=(True,),
                 scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
                 tie_word_embeddings=(True,))
-
 
 SIZES = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
 GPT2_ARGS = *SIZES, 'bias', 'dropout'
 
 
 def check_model_args(args, source):
-    """Raise UserError unless a file's model_args have the types and magnitudes of a model's."""
+    """Raise UserError if model_args of a file have wrong types or impossible sizes."""
     for name in SIZES:
         if type(args.get(name)) is not int or not 1 <= args[name] < 2 ** 31:
             raise UserError(f'{source}: {name} is {args.get(name)!r:.50}; it must be an int from 1 '
@@ -45,10 +45,8 @@ def check_model_args(args, source):
 
 
 def check_n_layer(n_layer, weights, source):
-    """Raise UserError if the weights have another number of blocks.
-
-    A wrong n_layer would otherwise build a model of that many first, for minutes.
-    """
+    """Raise UserError if the weights have another number of blocks: building n_layer blocks first
+    could take minutes."""
     blocks = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
     if n_layer != len(blocks):
         raise UserError(f'{source}: n_layer is {n_layer}, but its weights have {len(blocks)} '
@@ -56,8 +54,8 @@ def check_n_layer(n_layer, weights, source):
 
 
 def gpt2_shapes(args):
-    """{nanoGPT's name: shape in torch's layout} of a GPT-2's parameters, in the order of
-    nanoGPT's model, without the tied head."""
+    """{nanoGPT's name: shape in torch's layout} of a GPT-2's parameters without the tied head, in
+    nanoGPT's order."""
     shapes, C = {}, args['n_embd']
 
     def add(module, *shape):
@@ -81,7 +79,7 @@ def gpt2_shapes(args):
 # reading a folder
 
 def find_folder(model_type_or_path):
-    """The local folder of a model's files; downloads a model of the hub into the hub's cache."""
+    """The local folder of a model; downloads GPT-2 into the hub's cache."""
     if os.path.isdir(model_type_or_path):
         return model_type_or_path
     if model_type_or_path not in GPT2_SHAPES:
@@ -99,16 +97,14 @@ def find_folder(model_type_or_path):
 
 
 def read_json(path):
-    if not os.path.isfile(path):  # reading a FIFO would wait for ever
-        raise OSError('it is not a file')
-    with open(path, encoding='utf-8') as f:
+    with open_file(path) as f:
         return json.load(f)
 
 
 def read_config(folder):
     """(GPTConfig's arguments, name of the activation function) from a Hugging Face config.json.
 
-    Raises UserError for another model than GPT-2, and for other weights than it describes.
+    Raises UserError for a model that is not a GPT-2, or that its weights contradict.
     """
     path = os.path.join(folder, 'config.json')
     try:
@@ -126,15 +122,15 @@ def read_config(folder):
         raise UserError('cannot read a GPT-2 configuration from '
                         f'{path}: {type(e).__name__}: {e}') from e
     if wrong:
-        raise UserError(f'{path} describes another model than GPT-2: {", ".join(wrong)}')
+        raise UserError(f'{path} does not describe a GPT-2: {", ".join(wrong)}')
     check_n_layer(args['n_layer'], read_weights(folder), path)
     return args, hf.get('activation_function', 'gelu_new')
 
 
 class TensorInFile:
-    """A tensor of an open safetensors file, read from disk each time it is converted to an array.
+    """A tensor of an open safetensors file; each conversion to an array reads it from disk.
 
-    transposed: the file has it (in, out), torch's Linear (out, in).
+    transposed: the file has (in, out), torch's Linear (out, in).
     """
 
     def __init__(self, file, name, transposed):
@@ -158,12 +154,11 @@ def read_weights(folder):
             names = sorted(set(read_json(index)['weight_map'].values()))
             paths = [os.path.join(folder, os.path.basename(name)) for name in names]
         for path in paths:
-            if not os.path.isfile(path):
-                raise OSError('it is not a file')
+            check_is_file(path)
             file = safetensors.safe_open(path, framework='numpy')
             for name in file.keys():
                 if name.endswith(('.attn.bias', '.attn.masked_bias')):
-                    continue  # buffers with the causal mask, not parameters
+                    continue  # buffers with the causal mask
                 prefix = '' if name.startswith(('transformer.', 'lm_head.')) else 'transformer.'
                 weights[prefix + name] = TensorInFile(file, name, name.endswith(CONV1D))
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError,
@@ -176,7 +171,7 @@ def read_weights(folder):
 # writing a folder
 
 def gpt2_logits(weights, n_head, idx):
-    """What a GPT-2 with these weights (nanoGPT's names) computes for ids idx (T,): (T, V)."""
+    """Logits (T, V) of a GPT-2 with these weights (nanoGPT's names) for ids idx (T,), in NumPy."""
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
         return scaled(x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5), name)
@@ -206,33 +201,31 @@ def gpt2_logits(weights, n_head, idx):
 
 
 def check_is_gpt2(weights, args, source, logits_of):
-    """Raise UserError if a model is not a GPT-2, by its parameters and by what it computes.
+    """Raise UserError if a model is not a GPT-2, by its parameters and by its logits.
 
     logits_of: ids (1, T) to the model's float32 logits (1, T, V).
     """
+    only = f'{source} is not a GPT-2, and only a GPT-2 can be written: '
     extra = [name for name, value in args.items() if name not in GPT2_ARGS and value]
     if extra:
-        raise UserError(f'{source} is not a GPT-2, which is all that can be written: its '
-                        f'model_args have {", ".join(extra)}')
+        raise UserError(f'{only}its model_args have {", ".join(extra)}')
     shapes = gpt2_shapes(args)
     found = {name: w.shape for name, w in weights.items() if name != 'lm_head.weight'}
     differ = sorted(name for name in shapes.keys() | found.keys()
                     if shapes.get(name) != found.get(name))
     if differ:
-        raise UserError(f'{source} is not a GPT-2, which is all that can be written: '
-                        f'{len(differ)} parameters differ from its own, {", ".join(differ[:4])}')
+        raise UserError(f'{only}{len(differ)} parameters differ, {", ".join(differ[:4])}')
     idx = np.random.default_rng(0).integers(args['vocab_size'], size=min(16, args['block_size']))
     want, got = gpt2_logits(weights, args['n_head'], idx), logits_of(idx[None])[0]
     # float32 in another order of operations; another norm or activation differs by far more
     if not np.allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max()):
-        raise UserError(f'{source} is not a GPT-2, which is all that can be written: its '
-                        'parameters have the same names, but it computes other logits')
+        raise UserError(f'{only}its parameters have the same names, but it computes other logits')
 
 
 def write_folder(folder, weights, args, tokenizer=None, end=None):
     """Write a GPT-2 as a folder for transformers.
 
-    tokenizer: a tokenizers.Tokenizer. end: the id of its end of text, if it has one.
+    tokenizer: a tokenizers.Tokenizer. end: the id of its token that ends a text, if it has one.
     """
     tensors = {name: np.ascontiguousarray(weights[name].T) if name.endswith(CONV1D)
                else weights[name] for name in gpt2_shapes(args)}
@@ -249,9 +242,9 @@ def write_folder(folder, weights, args, tokenizer=None, end=None):
         'max_length': args['block_size']}}
     if tokenizer:
         n = 1 + max(tokenizer.get_vocab().values())
-        padding = [*range(n, args['vocab_size'])]  # ids that stand for nothing are never sampled
+        padding = [*range(n, args['vocab_size'])]  # ids without text are never sampled
         files['generation_config.json'] |= {'suppress_tokens': padding} if padding else {}
-        # without what adds tokens to a text: the training data has none
+        # a post-processor would add tokens to a text, and the training data has none of them
         files['tokenizer.json'] = json.loads(tokenizer.to_str()) | {'post_processor': None}
         token = None if end is None else tokenizer.id_to_token(end)
         files['tokenizer_config.json'] = dict(

@@ -1,6 +1,6 @@
 """
-Reads what torch.save has written, without torch and without running code: a zip of a pickle and of
-the tensors' raw storages. Tensors become NumPy arrays; all else must be plain data.
+Reads files of torch.save, without torch and without running code: a zip with a pickle and the raw
+storages of tensors. Tensors become NumPy arrays; everything else must be plain data.
 """
 
 import io
@@ -23,14 +23,14 @@ STORAGES = {
 
 
 class PlainDict(dict):
-    """An OrderedDict of the file, without the attributes that it was saved with."""
+    """An OrderedDict of the file, without the attributes that were saved with it."""
 
     def __setstate__(self, attributes):
         pass
 
 
 def rebuild_tensor(storage, offset, shape, strides, *_):
-    """A tensor in its storage, a 1-D array; strides count elements, as torch's do."""
+    """A view of a storage (a 1-D array); strides count elements, as in torch."""
     if min((offset, *shape, *strides)) < 0 or math.prod(shape) > storage.size:
         raise ValueError(f'a tensor of shape {shape} has a storage of {storage.size} elements')
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
@@ -52,7 +52,7 @@ ALLOWED = {
 
 # Python's own unpickler: C's allocates memory for whatever index a pickle names
 class TensorUnpickler(pickle._Unpickler):
-    """Reads plain data and dense tensors; a pickle that names anything else is refused."""
+    """Reads plain data and dense tensors, and refuses everything else."""
 
     def __init__(self, file, read_storage):
         super().__init__(file)
@@ -77,7 +77,7 @@ class TensorUnpickler(pickle._Unpickler):
 
 
 def read_torch_file(path):
-    """What torch.save has written to path, with NumPy arrays for tensors. Raises UserError."""
+    """The contents of a file of torch.save, with NumPy arrays for tensors. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as file:
             # torch does not compress, so a larger sum is a zip bomb

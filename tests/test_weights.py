@@ -1,10 +1,10 @@
-"""Weights of other projects: Hugging Face folders, nanoGPT's ckpt.pt, and what is refused of them;
+"""Weights of other projects: Hugging Face folders and nanoGPT's ckpt.pt, read, written and refused;
 the parameter counts of GPT-2's larger sizes."""
 
+import fcntl
 import json
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 import zipfile
@@ -15,17 +15,18 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import ROOT, TINY, one_line_error, run, save_model, train
+from helpers import ITER, ROOT, TINY, one_line_error, resume, run, save_model
 from safetensors.numpy import load_file, save_file
 
+import convert_jax
 from jax_train_utils import create_train_state
 from jax_transformer import GPT, GPTConfig, export_torch_weights, model_args
 from nanogpt_jax.checkpoint import Checkpoints
 from nanogpt_jax.errors import UserError
 from nanogpt_jax.pretrained import CONV1D, GPT2_SHAPES, check_is_gpt2
-from nanogpt_jax.run_dir import hold_out_dir, release_out_dir
+from nanogpt_jax.run_dir import LOCK
 from nanogpt_jax.torch_file import read_torch_file, rebuild_tensor
-from test_jax_transformer import golden_numbers
+from test_jax_transformer import golden_numbers, tiny
 
 CONFIG = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32, bias=False)
 FIXTURE = os.path.join(ROOT, 'testdata', 'ckpt.pt')
@@ -50,8 +51,7 @@ def write_hf(folder, weights, prefix='', **changes):
 
 @pytest.fixture(scope='module')
 def model():
-    config = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
-    return GPT(config, rngs=nnx.Rngs(0))
+    return tiny(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32, bias=True)
 
 
 # -----------------------------------------------------------------------------
@@ -195,46 +195,71 @@ def test_loading_holds_at_most_one_tensor_twice(tmp_path):
 # from the command line
 
 @pytest.fixture
-def script(folder, monkeypatch):
-    """script(name, *args) runs a script in this process and in folder, and raises its errors."""
-    def run_script(name, *args):
-        monkeypatch.setattr(sys, 'argv', [name, *args])
-        runpy.run_path(os.path.join(ROOT, name), run_name='__main__')
+def convert(folder, monkeypatch):
+    """convert(**flags) does in this process and in folder what convert_jax.py does, and raises its
+    errors."""
+    def run_main(**flags):
+        for name, value in (dict(src='', dst='', format='jax') | flags).items():
+            monkeypatch.setattr(convert_jax, name, value)
+        convert_jax.main()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # restored at the end
-    return run_script
+    return run_main
 
 
-def test_missing_packages_and_flags_are_named(script, monkeypatch):
-    for name in ('torch', 'lm_eval'):
-        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    convert, evaluate = 'convert_jax.py', 'tools/evaluate.py'
-    for command, words in (
-            ([convert, '--src=a', '--dst=a.pt', '--format=nanogpt'], 'pip install torch'),
-            ([convert, '--dst=out'], '--src'), ([convert, '--src=out_jax'], '--dst'),
-            ([evaluate, '--tasks=x'], 'pip install lm_eval'), ([evaluate], '--tasks')):
-        with pytest.raises(UserError, match=words):
-            script(*command)
+# the scripts one after the other in one process, which imports and compiles less
+BOTH = f'''
+import runpy, sys
+for args in (['convert_jax.py', '--src=out_jax', '--dst=hf', '--format=hf'],
+             ['train_jax.py', *sys.argv[1:]]):
+    sys.argv = args
+    runpy.run_path({ROOT!r} + '/' + args[0], run_name='__main__')
+'''
+
+
+def train_converted(folder, *args):
+    """stdout of a run that starts from a converted run."""
+    save_model(folder, CONFIG, [])
+    result = run(folder, '-c', BOTH, *TINY, '--init_from=hf', '--out_dir=out', *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_run_is_converted_to_a_folder_from_which_another_run_starts(folder):
+    out = train_converted(folder, '--block_size=8', '--max_iters=1')
+    assert 'hf has iteration 1 of out_jax' in out and 'out_jax does not know the text' in out
+    assert 'Initializing from GPT-2 weights: hf' in out
+    assert 'tokens per iteration will be: 64' in out
+    assert [i for i, *_ in ITER.findall(out)] == ['0', '1']
 
 
 @pytest.mark.slow
-def test_an_unreachable_hub_is_a_one_line_error(folder):
+def test_a_run_that_starts_from_a_folder_resumes(folder):
+    train_converted(folder, '--block_size=8', '--max_iters=2')
+    out = resume(folder, '--out_dir=out', '--max_iters=3')
+    assert [i for i, *_ in ITER.findall(out)] == ['3']
+
+
+@pytest.mark.slow
+def test_an_unreachable_hub_and_a_missing_package_are_one_line_errors(folder):
     result = run(folder, 'train_jax.py', *TINY, '--init_from=gpt2', HF_HUB_OFFLINE='1',
                  HF_HOME=str(folder / 'hf'))
     one_line_error(result, 'could not get gpt2', 'local folder', alone=True)
+    without = ("import runpy, sys; sys.modules['lm_eval'] = None\n"
+               "runpy.run_module('tools.evaluate', run_name='__main__')")
+    for args, words in ((['--tasks=x'], 'pip install lm_eval'), ([], '--tasks')):
+        one_line_error(run(folder, '-c', without, *args), words)
 
 
-def test_a_run_starts_from_a_folder_and_resumes(folder, model):
-    write_hf(folder / 'hf', export_torch_weights(model))
-    out = train(folder, '--init_from=hf', '--block_size=8', '--max_iters=2')
-    assert 'Initializing from GPT-2 weights: hf' in out
-    assert 'tokens per iteration will be: 64' in out
-    resumed = train(folder, '--init_from=resume', '--block_size=8', '--max_iters=3')
-    assert 'iter 3: loss' in resumed
+def test_a_missing_package_and_flags_are_named(convert, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch', None)  # as if it were not installed
+    for flags, words in ((dict(src='a', dst='a.pt', format='nanogpt'), 'pip install torch'),
+                         (dict(dst='out'), '--src'), (dict(src='out_jax'), '--dst')):
+        with pytest.raises(UserError, match=words):
+            convert(**flags)
 
 
 # -----------------------------------------------------------------------------
-# nanoGPT's ckpt.pt, read without torch. test_torch.py compares with what torch reads
+# nanoGPT's ckpt.pt, read without torch; test_torch.py compares with torch
 
 class Named:
     """A call of a named function, in a pickle."""
@@ -286,15 +311,14 @@ def save_ckpt(path, ckpt, n_missing=0, compression=zipfile.ZIP_STORED):
 HOSTILE = {
     'no model_args': (lambda c: c.pop('model_args'), 'model_args'),
     'no n_head': (lambda c: c['model_args'].pop('n_head'), 'n_head'),
-    'config None': (lambda c: c.update(config=None), 'config is a NoneType'),
-    'config list': (lambda c: c.update(config=[]), 'config is a list'),
+    'config None': (lambda c: c.update(config=None), 'config is None'),
     'iter_num None': (lambda c: c.update(iter_num=None), 'iter_num is None'),
     'iter_num text': (lambda c: c.update(iter_num='five'), "iter_num is 'five'"),
     'iter_num negative': (lambda c: c.update(iter_num=-1), 'iter_num is -1'),
     'loss text': (lambda c: c.update(best_val_loss='low'), 'best_val_loss'),
     'loss huge': (lambda c: c.update(best_val_loss=10 ** 400), 'best_val_loss'),
-    'loss row': (lambda c: c.update(best_val_loss=np.zeros((1, 1))), 'best_val_loss'),
-    'model list': (lambda c: c.update(model=[]), 'model is a list'),
+    'loss row': (lambda c: c.update(best_val_loss=np.zeros(2)), 'best_val_loss'),
+    'model list': (lambda c: c.update(model=[]), 'model is []'),
     'int key': (lambda c: c['model'].update({1: np.zeros(2)}), 'its model has 1'),
     'text value': (lambda c: c['model'].update(x='y'), "its model has 'x', a str"),
     'missing': (lambda c: c['model'].pop('_orig_mod.transformer.ln_f.weight'),
@@ -319,13 +343,13 @@ HOSTILE = {
 @pytest.mark.parametrize('name', [
     name if name in ('code', 'shape', 'groups') else pytest.param(name, marks=pytest.mark.slow)
     for name in HOSTILE])
-def test_hostile_checkpoints_are_refused_in_one_line_and_run_no_code(folder, script, name):
+def test_hostile_checkpoints_are_refused_in_one_line_and_run_no_code(folder, convert, name):
     change, words = HOSTILE[name]
     ckpt = read_torch_file(FIXTURE)
     change(ckpt)
     save_ckpt(folder / 'bad.pt', ckpt)
     with pytest.raises(UserError) as raised:
-        script('convert_jax.py', '--src=bad.pt', '--dst=out')
+        convert(src='bad.pt', dst='out')
     assert words in str(raised.value) and '\n' not in str(raised.value)
     assert not (folder / 'executed').exists() and not (folder / 'out').exists()
 
@@ -353,29 +377,27 @@ def test_a_tensor_never_reaches_past_its_storage(offset, shape, strides):
         rebuild_tensor(storage, offset, shape, strides)
 
 
-def test_convert_overwrites_nothing_and_writes_beside_no_other_run(folder, script):
+def test_convert_overwrites_nothing_and_writes_beside_no_other_run(folder, convert):
     save_model(folder, CONFIG, [])
     (folder / 'there').mkdir()
 
-    def refused(*args, words):
+    def refused(words, **flags):
         with pytest.raises(UserError, match=words):
-            script('convert_jax.py', *args)
+            convert(**flags)
     for format in ('hf', 'nanogpt'):
-        refused('--src=out_jax', '--dst=there', f'--format={format}', words='there .*--dst')
-    refused(f'--src={FIXTURE}', '--dst=out_jax', words='another run.*--dst')
-    refused('--src=out_jax', '--dst=a', '--format=onnx', words="'onnx'.*nanogpt")
-    refused('--src=none.pt', '--dst=a', words='none.pt is not a file')
+        refused('there .*--dst', src='out_jax', dst='there', format=format)
+    refused('another run.*--dst', src=FIXTURE, dst='out_jax')
+    refused("'onnx'.*nanogpt", src='out_jax', dst='a', format='onnx')
+    refused('none.pt is not a file', src='none.pt', dst='a')
     assert os.listdir(folder / 'there') == []
-    hold_out_dir(folder / 'there')
-    try:
-        one_line_error(run(folder, 'convert_jax.py', f'--src={FIXTURE}', '--dst=there'),
-                       'another run is writing to there')
-    finally:
-        release_out_dir()
+    with open(folder / 'there' / LOCK, 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused('another run is writing to there', src=FIXTURE, dst='there')
+    assert os.listdir(folder / 'there') == [LOCK]
 
 
 # -----------------------------------------------------------------------------
-# what is not a GPT-2 is not written as one
+# only a GPT-2 is written as a GPT-2
 
 def rms_norm(self, x):
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * self.scale[...]
@@ -384,12 +406,12 @@ def rms_norm(self, x):
 @pytest.mark.parametrize('name, other', [
     ('gelu', lambda x: jnp.square(jnp.maximum(x, 0))), ('LayerNorm.__call__', rms_norm)])
 def test_a_model_that_computes_something_else_is_not_written_as_gpt2(
-        folder, script, monkeypatch, name, other):
+        folder, convert, monkeypatch, name, other):
     save_model(folder, CONFIG, [])
     owner, _, attribute = ('jax_transformer.' + name).rpartition('.')
     monkeypatch.setattr(f'{owner}.{attribute}', other)
     with pytest.raises(UserError, match='out_jax is not a GPT-2.*other logits'):
-        script('convert_jax.py', '--src=out_jax', '--dst=hf', '--format=hf')
+        convert(src='out_jax', dst='hf', format='hf')
     assert not (folder / 'hf').exists()
 
 
@@ -402,7 +424,7 @@ def test_other_parameters_and_settings_than_gpt2s_are_named(model):
         check_is_gpt2(weights, args, 'out', None)
 
 
-def test_a_run_with_another_optimizer_is_written_too(folder, script, model):
+def test_a_run_with_another_optimizer_is_written_too(folder, convert, model):
     state = create_train_state(model, optax.sgd(0.1, momentum=0.9))
     with Checkpoints(str(folder / 'out_jax')) as checkpoints:
         checkpoints.save(state, dict(
@@ -411,7 +433,7 @@ def test_a_run_with_another_optimizer_is_written_too(folder, script, model):
     (folder / 'hf.part').mkdir()
     (folder / 'hf.part' / 'mine').touch()  # what is beside dst is not touched
     before = {*folder.iterdir()}
-    script('convert_jax.py', '--src=out_jax', '--dst=hf', '--format=hf')
+    convert(src='out_jax', dst='hf', format='hf')
     assert {*folder.iterdir()} - before == {folder / 'hf'}
     assert (folder / 'hf.part' / 'mine').exists() and not (folder / 'hf' / 'mine').exists()
     back = export_torch_weights(GPT.from_pretrained(str(folder / 'hf')))
