@@ -101,6 +101,19 @@ def resume(folder, *args, **kwargs):
     return result.stdout
 
 
+# for code after -c: run(script, flag, ...) several times in one process, which imports JAX once
+RUN = f'''
+import runpy, sys
+stdout = sys.stdout
+def run(script, *args):
+    sys.argv, sys.stdout = [script, *args], stdout
+    try:
+        runpy.run_path({ROOT!r} + '/' + script, run_name='__main__')
+    except SystemExit as e:
+        assert not e.code, e.code
+'''
+
+
 def start_processes(folder, n, *args, launcher='by hand', script='train_jax.py', **kwargs):
     """Start the n processes of one training run; kwargs as of start.
 

@@ -1,4 +1,4 @@
-"""Runs whose out_dir and data are in a bucket. A local folder stands for the bucket."""
+"""Runs with their out_dir and data in a bucket. A local folder stands for the bucket."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
-from helpers import ITER, ROOT, STEP, TINY, one_line_error, run, saved, train
+from helpers import ITER, ROOT, RUN, STEP, TINY, one_line_error, run, saved
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
@@ -26,12 +26,12 @@ from test_survival import abstract, save
 
 
 class LocalBuckets(LocalFileSystem):
-    """What gcsfs and s3fs are for fsspec and epath, with buckets in a local folder. Without folders
-    of its own, as theirs: a folder is what the names of several files begin with."""
+    """gcsfs and s3fs for fsspec and epath, with buckets in a local folder. As there, a folder
+    exists only as the beginning of names of files."""
 
     protocol = ('gs', 'gcs', 's3')
     cachable = False
-    root, ranges = '', []  # the local folder, and how many each call of cat_ranges has asked for
+    root, ranges = '', []  # the local folder, and the number of ranges in each call of cat_ranges
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -84,26 +84,24 @@ def bucket(folder, monkeypatch):
     return folder / 'buckets' / 'bucket'
 
 
-def train_in_bucket(folder, *args):
-    """stdout of a run of train_jax.py with its data and its out_dir in the bucket."""
-    code = (f'import sys; sys.path[:0] = {[ROOT, os.path.dirname(__file__)]!r}\n'
-            'import pytest, runpy, test_buckets\n'
-            f'test_buckets.use_local_buckets({str(folder / "buckets")!r}, pytest.MonkeyPatch())\n'
-            f'runpy.run_path({ROOT!r} + "/train_jax.py", run_name="__main__")')
-    result = run(folder, '-c', code, *TINY, '--dataset=gs://bucket/tiny',
-                 '--out_dir=gs://bucket/run', *args)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 # -----------------------------------------------------------------------------
 
 def test_a_run_in_a_bucket_is_bit_for_bit_one_in_a_folder(folder, bucket):
-    out = train_in_bucket(folder, '--max_iters=6')
-    assert out.count('WARNING') == 1 and 'gs://bucket/run cannot be locked' in out
-    assert [line['iter'] for line in read_metrics('gs://bucket/run')] == [0, 0, 1, 2, 3, 4, 4, 5, 6]
-    out += train_in_bucket(folder, '--init_from=resume', '--max_iters=12')
-    here = train(folder, '--out_dir=run', '--max_iters=12')
+    there = [*TINY, '--dataset=gs://bucket/tiny', '--out_dir=gs://bucket/run']
+    result = run(folder, '-c', RUN + f'''
+sys.path[:0] = {[ROOT, os.path.dirname(__file__)]}
+import pytest, test_buckets
+test_buckets.use_local_buckets({str(folder / 'buckets')!r}, pytest.MonkeyPatch())
+run('train_jax.py', *{there}, '--max_iters=6')
+print('saved:', [line['iter'] for line in test_buckets.read_metrics('gs://bucket/run')])
+run('train_jax.py', *{there}, '--init_from=resume', '--max_iters=12')
+print('here:')
+run('train_jax.py', *{TINY}, '--out_dir=run', '--max_iters=12')
+''')
+    assert result.returncode == 0, result.stderr
+    out, here = result.stdout.split('here:\n')
+    assert out.count('WARNING') == out.count('gs://bucket/run cannot be locked') == 2
+    assert 'saved: [0, 0, 1, 2, 3, 4, 4, 5, 6]\n' in out
 
     def losses(lines, out):  # without the times
         return [found[:2] if lines is ITER else found for found in lines.findall(out)]

@@ -156,7 +156,9 @@ def test_a_character_that_the_terminal_lacks_is_printed_as_a_question_mark(tmp_p
     ('a = 1\n\nb = c', ['line 3', 'NameError', "'c'"]),
     ('del batch_size', ['batch_size expects int, got None']),
     ('learning_rate = 1e400', ['learning_rate is inf']),
-    (b'x = 1 # caf\xe9', ['not UTF-8']), (bytes(99), ['null bytes'])])
+    ("out_dir = 'a\\0b'", ['out_dir is', 'without NUL']),
+    ("out_dir = '\\ud800'", ['out_dir is', 'not UTF-8 text']),
+    (b'x = 1 # caf\xe9', ['as UTF-8 text']), (bytes(99), ['null bytes'])])
 def test_an_error_in_a_config_file_names_its_line_or_setting(tmp_path, capsys, content, words):
     with pytest.raises(UserError) as e:
         configured(content, tmp_path)

@@ -113,6 +113,28 @@ def test_a_missing_process_is_waited_for_as_long_as_told_and_named_in_one_line(f
     assert (f'waiting for {processes}\n' in result.stdout) == (rank == '0')
 
 
+ONE_FAILS = """
+import sys, time
+from nanogpt_jax.errors import UserError, report_user_error
+from nanogpt_jax.launch import start_processes
+sys.excepthook = report_user_error
+if start_processes('cpu', 100) == FAILS:
+    raise UserError('another run is writing to out')
+time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fails', [0, 1])
+def test_an_error_of_one_process_ends_each_of_them_in_one_line(fails):
+    started = start_processes(ROOT, 2, ONE_FAILS.replace('FAILS', str(fails)), script='-c')
+    results = [finish(process, timeout=60) for process in started]
+    assert [result.returncode for result in results] == [1, 1], results
+    assert results[fails].stderr == f'error in process {fails}: another run is writing to out\n'
+    assert results[1 - fails].stderr == (
+        f'error in process {1 - fails}: stopped, because of the error in process {fails}\n')
+
+
 # -----------------------------------------------------------------------------
 # Cloud TPU
 

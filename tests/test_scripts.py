@@ -76,13 +76,16 @@ def test_samples_continue_a_prompt_as_a_batch_one_by_one_and_for_each_line_of_st
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_ends_sampling_without_a_traceback(trained):
-    command = (f'{sys.executable} {ROOT}/sample_jax.py --device=cpu --max_new_tokens=200 '
-               '--stream=True | head -c 1')
-    result = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True,
-                            env=os.environ | ENV)
+def test_a_closed_pipe_or_a_full_disk_ends_sampling_without_a_traceback(trained):
+    def sample_to(output):
+        command = (f'{sys.executable} {ROOT}/sample_jax.py --device=cpu --max_new_tokens=200 '
+                   f'--stream=True {output}')
+        return subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True,
+                              env=os.environ | ENV)
+    result = sample_to('| head -c 1')
     assert result.stdout == '\n', result.stderr
     assert 'Traceback' not in result.stderr and 'BrokenPipe' not in result.stderr, result.stderr
+    one_line_error(sample_to('> /dev/full'), 'No space left')
 
 
 @pytest.mark.slow

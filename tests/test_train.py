@@ -210,6 +210,9 @@ def test_read_metrics_skips_lines_that_are_no_metrics(tmp_path):
     assert MetricsFile(tmp_path, 3).file is None
     with pytest.raises(UserError, match='metrics.jsonl is not a file'):
         read_metrics(tmp_path)
+    (tmp_path / 'metrics.jsonl').unlink()
+    os.mkfifo(tmp_path / 'metrics.jsonl.tmp')
+    assert MetricsFile(tmp_path, 3).file is None
 
 
 # -----------------------------------------------------------------------------

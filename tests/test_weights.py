@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import ITER, ROOT, TINY, one_line_error, resume, run, save_model
+from helpers import ITER, ROOT, RUN, TINY, one_line_error, resume, run, save_model
 from safetensors.numpy import load_file, save_file
 
 import convert_jax
@@ -206,20 +206,14 @@ def convert(folder, monkeypatch):
     return run_main
 
 
-# the scripts one after the other in one process, which imports and compiles less
-BOTH = f'''
-import runpy, sys
-for args in (['convert_jax.py', '--src=out_jax', '--dst=hf', '--format=hf'],
-             ['train_jax.py', *sys.argv[1:]]):
-    sys.argv = args
-    runpy.run_path({ROOT!r} + '/' + args[0], run_name='__main__')
-'''
-
-
 def train_converted(folder, *args):
     """stdout of a run that starts from a converted run."""
     save_model(folder, CONFIG, [])
-    result = run(folder, '-c', BOTH, *TINY, '--init_from=hf', '--out_dir=out', *args)
+    code = RUN + f'''
+run('convert_jax.py', '--src=out_jax', '--dst=hf', '--format=hf')
+run('train_jax.py', *{[*TINY, '--init_from=hf', '--out_dir=out', *args]})
+'''
+    result = run(folder, '-c', code)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
