@@ -85,9 +85,6 @@ def read_torch_file(path):
                 raise ValueError('its parts are larger than the file')
             name = next(name for name in file.namelist() if name.endswith('/data.pkl'))
             folder = name.removesuffix('data.pkl')
-            if folder + 'byteorder' in file.namelist() and (
-                    file.read(folder + 'byteorder') != b'little'):
-                raise ValueError('it was written by a big-endian machine')
             return TensorUnpickler(io.BytesIO(file.read(name)),
                                    lambda key: file.read(f'{folder}data/{key}')).load()
     except MemoryError as e:

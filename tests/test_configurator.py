@@ -29,7 +29,7 @@ def configured(content, tmp_path, script=None):
 # -----------------------------------------------------------------------------
 # flags
 
-def test_values_take_the_type_of_the_default_and_what_was_set_is_given():
+def test_values_take_the_type_of_the_default_and_given_has_the_names_that_were_set():
     script = settings()
     config, given = configure(
         script, ['--batch_size=3', '--learning_rate=1', '--bias', '--out_dir=7'])
@@ -52,7 +52,7 @@ def test_values_take_the_type_of_the_default_and_what_was_set_is_given():
     ('--batch_size', ['--key=value']),
     ('-b=3', ['-b=3', '--key=value']),
 ])
-def test_a_wrong_flag_is_named_with_what_is_allowed(arg, words):
+def test_the_error_for_a_wrong_flag_names_it_and_a_right_one(arg, words):
     with pytest.raises(UserError) as e:
         configure(settings(), [arg])
     assert all(word in str(e.value) for word in words), e.value

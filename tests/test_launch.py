@@ -1,5 +1,4 @@
-"""How the processes of a run find each other, by a launcher's variables or on a Cloud TPU; how they
-stop, what they print, and what they say about each other."""
+"""Launchers and Cloud TPUs, signals to several processes, and what scripts print."""
 
 import builtins
 import glob
@@ -21,7 +20,7 @@ from nanogpt_jax import errors, launch
 
 @pytest.fixture
 def initialized(monkeypatch):
-    """The arguments of the calls of jax.distributed.initialize, which does nothing else here."""
+    """A list that gets the arguments of each call of jax.distributed.initialize, now a stub."""
     calls = []
 
     def initialize(**kwargs):
@@ -35,7 +34,7 @@ def initialized(monkeypatch):
 
 
 def use(monkeypatch, env):
-    """Set these environment variables, and none else that says something about processes."""
+    """Set these environment variables, and remove all others about processes."""
     for name in os.environ:
         if name.startswith(('JAX_COORD', 'JAX_NUM', 'JAX_PROC', 'SLURM', 'OMPI', 'TPU_',
                             'MEGASCALE', 'RANK', 'WORLD_SIZE', 'LOCAL_', 'MASTER_')):
@@ -83,7 +82,7 @@ def test_torchruns_processes_become_one_run(monkeypatch, initialized, env, addre
     assert launch.start_processes('auto', 100) == 0 and len(initialized) == 1
 
 
-def test_a_port_at_which_something_listens_is_refused(monkeypatch, initialized):
+def test_a_port_in_use_is_refused(monkeypatch, initialized):
     with socket.create_server(('', 0)) as server:
         port = server.getsockname()[1]
         use(monkeypatch, TORCHRUN | {'RANK': '0', 'JAX_COORDINATOR_PORT': str(port)})
@@ -101,7 +100,7 @@ def test_processes_cannot_be_connected_once_jax_is_in_use(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('rank', ['0', '1'])
-def test_a_missing_process_is_waited_for_as_long_as_told_and_named_in_one_line(folder, rank):
+def test_a_missing_process_costs_the_heartbeat_timeout_and_one_line(folder, rank):
     with socket.create_server(('', 0)) as server:
         processes = f'2 processes at localhost:{server.getsockname()[1]}'
     result = run(folder, 'train_jax.py', *TINY, '--heartbeat_timeout=2', JAX_PROCESS_ID=rank,
@@ -155,7 +154,7 @@ POD = 't1v-n-0-w-0:0:10.0.0.1,t1v-n-0-w-1:1:10.0.0.2'  # worker-network-endpoint
     ({'TPU_PROCESS_ADDRESSES': 'a:8476,b:8476', 'TPU_WORKER_HOSTNAMES': 'a'}, {}, True),
     ({'TPU_WORKER_HOSTNAMES': 'a', 'MEGASCALE_NUM_SLICES': '2', 'MEGASCALE_SLICE_ID': '0',
       'MEGASCALE_COORDINATOR_ADDRESS': 'job-0.svc'}, {}, True)])
-def test_a_tpu_is_initialized_as_several_only_with_several_workers(
+def test_only_a_tpu_with_several_workers_is_initialized_as_several_processes(
         monkeypatch, initialized, env, metadata, several):
     use(monkeypatch, env)
     monkeypatch.setattr(launch, 'has_tpu', lambda device: True)
@@ -171,7 +170,7 @@ def test_the_workers_of_a_tpu_are_read_from_a_file_and_none_without_a_server(mon
     assert not launch.has_tpu_workers()
     with socket.create_server(('127.0.0.1', 0)) as server:
         address = f'127.0.0.1:{server.getsockname()[1]}'
-    monkeypatch.setenv('GCE_METADATA_IP', address)  # where nobody listens any more
+    monkeypatch.setenv('GCE_METADATA_IP', address)  # the server is closed
     assert launch.gce_metadata('tpu-env') == ''
 
 
@@ -237,15 +236,15 @@ OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.'
     (jax.errors.JaxRuntimeError, CALLBACK, ['JaxRuntimeError: INTERNAL: CpuCallback']),
     (jax.errors.JaxRuntimeError, OUT_OF_MEMORY, ['allocating 99', 'smaller --batch_size']),
     (MemoryError, 'a tokenizer', ['out of memory (a tokenizer)'])])
-def test_an_error_of_one_process_is_said_as_what_it_is(monkeypatch, capsys, kind, text, words):
+def test_an_error_of_one_process_is_reported_by_its_cause(monkeypatch, capsys, kind, text, words):
     ended = []
     monkeypatch.setattr(os, '_exit', ended.append)
     monkeypatch.setattr(errors, 'process_label', ' in process 1')
     errors.report_user_error(kind, kind(text), None)
     err = capsys.readouterr().err
     assert ended == [1] and all(word in err for word in words), err
-    for words_of_others in ('lost the connection', 'smaller --batch_size'):
-        assert (words_of_others in err) == any(words_of_others in word for word in words), err
+    for hint in ('lost the connection', 'smaller --batch_size'):
+        assert (hint in err) == any(hint in word for word in words), err
     assert not issubclass(errors.UserError, ValueError)
 
 

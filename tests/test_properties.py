@@ -1,4 +1,4 @@
-"""Properties that hypothesis tests: the configurator, batches, meta.pkl."""
+"""Properties of the configurator, batches and meta.pkl, tested by hypothesis."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Sampling, benchmarks and the comparison, from the command line."""
+"""sample_jax.py, bench_jax.py and tools.compare from the command line."""
 
 import os
 import re
@@ -21,7 +21,7 @@ TOOLS = ['tools.plan', 'tools.plot', 'tools.sizing', 'tools.compare']
 @pytest.mark.slow
 @pytest.mark.parametrize('script', SCRIPTS + TOOLS)
 def test_a_mistake_ends_every_script_in_one_line(folder, script):
-    # a script finds its modules where Python leaves its folder out too, as -P and -I do
+    # a script finds its modules even if Python leaves out its folder, as with -P and -I
     path = {'PYTHONSAFEPATH': '1', 'PYTHONPATH': ROOT if script in TOOLS else ''}
     one_line_error(run(folder, script, '--nope=1', **path), 'unknown flag --nope', alone=True)
 
@@ -46,7 +46,7 @@ def sample(folder, *args, **kwargs):
 
 
 def texts(result):
-    """The samples of a run that has printed nothing else."""
+    """The samples of a run that printed nothing else."""
     *samples, rest = result.stdout.split('\n---------------\n')
     assert rest == '', result.stderr
     return samples

@@ -1,4 +1,4 @@
-"""A tokenizer.json of one's own: what a run, its checkpoint and sampling make of it."""
+"""tokenizer.json in a run, in its checkpoint and in sampling; all kinds of vocabularies."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from corpus import DOCS
-from helpers import TINY, one_line_error, run, save_model, saved, train, with_data
+from helpers import RUN, TINY, one_line_error, run, save_model, saved, train, with_data
 
 from jax_transformer import GPTConfig
 from nanogpt_jax import tokenizer
@@ -20,7 +20,7 @@ tokenizers = pytest.importorskip('tokenizers')
 
 
 def word_level(*words, size=None):
-    """The text of a tokenizer.json whose tokens are words."""
+    """The text of a tokenizer.json with a token for each word."""
     vocab = {word: i for i, word in enumerate(words)} | ({'z': size - 1} if size else {})
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=words[0]))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -56,9 +56,13 @@ def texts(own):
 EVERY_CHAR = ''.join(map(chr, [10, *range(32, 256), 0x20ac, 0x1f600])) + DOCS[7]
 
 
+PROMPT = 'the words \u00fc\U0001f40d'
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, own):
-    """A working directory with data/own, and a run on it in out_jax."""
+    """A working directory with data/own and a run on it in out_jax; what the run and then sampling,
+    without data/own, have printed."""
     folder = with_data(tmp_path_factory.mktemp('own'))
     data = folder / 'data' / 'own'
     data.mkdir()
@@ -66,9 +70,18 @@ def trained(tmp_path_factory, own):
     ids = tokenizers.Tokenizer.from_str(own).encode(''.join(DOCS)).ids
     for split, part in (('train', ids[100:]), ('val', ids[:100])):
         np.array(part, np.uint16).tofile(data / f'{split}.bin')
-    out = train(folder, '--dataset=own', '--max_iters=4')
-    assert 'found vocab_size = 280 (inside data/own/tokenizer.json)' in out
-    return folder
+    sampling = ['--device=cpu', '--max_new_tokens=20', '--num_samples=2', f'--start={PROMPT}',
+                '--stream=True']
+    result = run(folder, '-c', RUN + f'''
+import os
+run('train_jax.py', *{[*TINY, '--dataset=own', '--max_iters=4']})
+os.rename('data/own', 'away')
+print('samples:')
+run('sample_jax.py', *{sampling!a})
+os.rename('away', 'data/own')
+''')
+    assert result.returncode == 0, result.stderr
+    return folder, *result.stdout.split('samples:\n')
 
 
 # -----------------------------------------------------------------------------
@@ -76,25 +89,22 @@ def trained(tmp_path_factory, own):
 
 def test_a_run_takes_its_vocabulary_from_tokenizer_json_and_its_checkpoint_keeps_it(
         trained, own, monkeypatch, capsys):
-    _, meta = saved(trained, 'out_jax', 5)
+    folder, out, samples = trained
+    assert 'found vocab_size = 280 (inside data/own/tokenizer.json)' in out
+    _, meta = saved(folder, 'out_jax', 5)
     assert meta['model_args']['vocab_size'] == 280
     assert json.loads(meta['chars']) == json.loads(own)
-    monkeypatch.chdir(trained)
+    # sampling needs the checkpoint only; any text can be encoded
+    samples = samples.split('\n---------------\n')
+    assert [text[:len(PROMPT)] for text in samples] == [PROMPT] * 2 + ['']
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(sizing, 'dataset', 'own')
     monkeypatch.setattr(sizing, 'select_devices', lambda device: None)
     sizing.main()
     assert ', vocabulary 280\n' in capsys.readouterr().out
-    (trained / 'data' / 'own' / 'tokenizer.json').rename(trained / 'away.json')
-    # without it too the tokens are those of the checkpoint; any text can be encoded
-    result = run(trained, 'sample_jax.py', '--device=cpu', '--max_new_tokens=20', '--num_samples=2',
-                 '--start=the words \u00fc\U0001f40d', '--stream=True')
-    (trained / 'away.json').rename(trained / 'data' / 'own' / 'tokenizer.json')
-    assert result.returncode == 0, result.stderr
-    samples = result.stdout.split('\n---------------\n')
-    assert [text[:12] for text in samples] == ['the words \u00fc\U0001f40d'] * 2 + ['']
 
 
-def test_white_space_does_not_make_a_tokenizer_another_one(tmp_path, own):
+def test_white_space_does_not_change_a_tokenizer(tmp_path, own):
     (tmp_path / 'tokenizer.json').write_text(own, encoding='utf-8')
     want = tokenizer.load_vocabulary(str(tmp_path))
     (tmp_path / 'tokenizer.json').write_text(json.dumps(json.loads(own), indent=4))
@@ -103,13 +113,13 @@ def test_white_space_does_not_make_a_tokenizer_another_one(tmp_path, own):
 
 @pytest.mark.slow
 def test_resuming_and_sampling_with_another_tokenizer_are_one_line_errors(folder, trained, own):
-    path = trained / 'data' / 'tiny' / 'tokenizer.json'
-    (trained / 'data' / 'tiny' / 'meta.pkl').rename(trained / 'meta.pkl')
-    path.write_text(word_level('a', size=20))
-    one_line_error(run(trained, 'train_jax.py', *TINY, '--init_from=resume', '--max_iters=9'),
+    there, tiny = trained[0], trained[0] / 'data' / 'tiny'
+    (tiny / 'meta.pkl').unlink()
+    (tiny / 'tokenizer.json').write_text(word_level('a', size=20))
+    one_line_error(run(there, 'train_jax.py', *TINY, '--init_from=resume', '--max_iters=9'),
                    'the vocabulary of data/tiny differs')
-    train(trained, '--init_from=resume', '--dataset=own', '--max_iters=5')
-    assert json.loads(saved(trained, 'out_jax', 6)[1]['chars']) == json.loads(own)
+    train(there, '--init_from=resume', '--dataset=own', '--max_iters=5')
+    assert json.loads(saved(there, 'out_jax', 6)[1]['chars']) == json.loads(own)
     save_model(folder, GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32), own)
     one_line_error(run(folder, 'sample_jax.py', '--device=cpu'),
                    'the tokenizer has 280 tokens, the model only 65')
@@ -123,7 +133,7 @@ def test_resuming_and_sampling_with_another_tokenizer_are_one_line_errors(folder
     (word_level('a', size=65537), '65,537 tokens; .*uint16'),
     ('{"model": 1}', 'cannot use .*tokenizer.json'),
     ('no JSON', 'cannot use .*tokenizer.json')])
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, text, words):
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, text, words):
     path = tmp_path / 'tokenizer.json'
     os.mkfifo(path) if text is None else path.write_text(text)
     with pytest.raises(UserError, match=words):
@@ -136,7 +146,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, text, words):
         tokenizer.load_vocabulary(str(tmp_path))
 
 
-def test_an_error_in_a_buckets_file_is_not_one_of_the_bucket(monkeypatch, tmp_path):
+def test_an_error_in_a_file_is_not_reported_as_one_of_the_bucket(monkeypatch, tmp_path):
     @contextlib.contextmanager
     def open_in_bucket(path, mode='r'):
         try:
@@ -153,7 +163,7 @@ def test_an_error_in_a_buckets_file_is_not_one_of_the_bucket(monkeypatch, tmp_pa
 
 
 def test_a_pickle_cannot_ask_for_more_memory_than_it_has_bytes(tmp_path):
-    # an index of 4 billion in a few bytes, for which C's unpickler makes room
+    # an index of 4 billion in a few bytes: C's unpickler allocates memory up to it
     (tmp_path / 'meta.pkl').write_bytes(b'\x80\x02}r\xff\xff\xff\xff.')
     with pytest.raises(UserError, match='meta.pkl .KeyError'):
         tokenizer.load_vocabulary(str(tmp_path))
@@ -203,7 +213,7 @@ def test_the_bytes_of_a_texts_tokens_add_up_to_its_bytes(texts, kind):
     except UserError:
         pytest.skip("GPT-2's tokenizer is neither cached nor reachable")
     n_bytes, ids = tokenizer.bytes_of_tokens(texts[kind]), encode(EVERY_CHAR)
-    # sentencepiece's way puts a space before a text
+    # a tokenizer like sentencepiece puts a space before a text
     assert len(n_bytes) == n
     assert sum(n_bytes[i] for i in ids) == len(EVERY_CHAR.encode()) + (kind == 'byte_fallback')
     assert make_decode([])(ids).decode() == EVERY_CHAR
@@ -222,7 +232,7 @@ def test_a_tokenizer_json_does_not_pad_cut_or_add_tokens(own):
     assert encode('<|endoftext|>') == [0] and make_decode([0])([0]) == b'<|endoftext|>'
 
 
-def test_a_trained_tokenizer_has_at_most_the_tokens_asked_for_and_is_the_same_each_time():
+def test_a_trained_tokenizer_has_the_requested_size_and_is_the_same_each_time():
     for n in (257, 270):
         text = tokenizer.train_tokenizer(DOCS, n)
         assert tokenizer.make_tokenizer(text, 'it')[1] == n

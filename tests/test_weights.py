@@ -383,6 +383,7 @@ def test_convert_overwrites_nothing_and_writes_beside_no_other_run(folder, conve
     refused('another run.*--dst', src=FIXTURE, dst='out_jax')
     refused("'onnx'.*nanogpt", src='out_jax', dst='a', format='onnx')
     refused('none.pt is not a file', src='none.pt', dst='a')
+    refused('gs://bucket/hf.*--format=jax', src='out_jax', dst='gs://bucket/hf', format='hf')
     assert os.listdir(folder / 'there') == []
     with open(folder / 'there' / LOCK, 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
