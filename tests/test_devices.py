@@ -302,7 +302,7 @@ def test_what_one_process_cannot_read_is_resumed_by_none(folder):
         runpy.run_path(ROOT + '/train_jax.py', run_name='__main__')
     ''').replace('ROOT', repr(ROOT))
     out = run_processes(folder, 2, code, *RESUME, '--fsdp=2', '--max_iters=7', script='-c')
-    assert re.search('6 is damaged: .*DATA_LOSS.*; it is not used', out)  # which process 0 prints
+    assert re.search('6 is damaged: .*DATA_LOSS.*; ignoring it', out)  # which process 0 prints
     assert [n for n, *_ in ITER.findall(out)] == ['4', '5', '6', '7']
 
 

@@ -36,7 +36,7 @@ from test_jax_transformer import (
 )
 
 CHECKS = 'trains', 'samples', 'resumes', 'shards', 'converts'
-QUICK = 'RoPE', 'Muon'  # the others are slow
+QUICK = 'RoPE', 'WSD schedule'  # the others are slow
 TRAINING = ('Muon', 'WSD schedule', 'z-loss', 'muP', 'Log-spaced checkpoints',
             'Gradient norms by layer')  # may change other files than the model's
 
