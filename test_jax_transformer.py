@@ -1065,7 +1065,7 @@ def test_other_arrays_than_were_saved_are_detected():
             assert_refused(lambda: checkpoints.load('1', lambda meta: abstract), 'is damaged')
             assert_refused(lambda: checkpoints.load('latest', lambda meta: abstract),
                            'no checkpoint', 'is valid')
-        assert 'is damaged' in out.getvalue() and 'it is not used' in out.getvalue()
+        assert 'is damaged' in out.getvalue() and 'ignoring it' in out.getvalue()
 
 
 @area('checkpoint round trip')

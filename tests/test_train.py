@@ -294,9 +294,9 @@ def test_a_validation_loss_counts_for_the_data_that_it_was_measured_on_only(copy
     flags = ['--eval_interval=2', '--always_save_checkpoint=False', '--learning_rate=1e-4',
              '--min_lr=1e-4']
     easy = resume(copy, *flags, '--dataset=easy', '--max_iters=25')
-    assert 'measured with another dataset: the best starts anew' in easy
+    assert 'evaluated with another dataset; the best validation loss starts anew' in easy
     again = resume(copy, *flags, '--dataset=tiny', '--max_iters=31')
-    assert 'another dataset: the best is that of the checkpoints with this one' in again
+    assert 'the best validation loss is from an earlier checkpoint with this one' in again
     losses = [{int(s[0]): float(s[2]) for s in STEP.findall(out)} for out in (easy, again)]
     best = [min(each, key=each.get) for each in losses]
     assert losses[0][best[0]] < losses[1][best[1]] # and would hide every improvement
