@@ -2,6 +2,7 @@
 The processes of a run: which launcher started them, how they connect, and which of them prints.
 """
 
+import atexit
 import builtins
 import contextlib
 import glob
@@ -185,7 +186,9 @@ def start_processes(device, heartbeat_timeout):
     errors.process_label = f' in process {rank}'
     silence_other_processes(rank)
     errors.client = global_state.client
-    threading.Thread(target=end_with_others, args=[rank], daemon=True).start()
+    thread = threading.Thread(target=end_with_others, args=[rank], daemon=True)
+    thread.start()
+    atexit.register(stop_watching, thread)
     return rank
 
 
@@ -194,13 +197,20 @@ def end_with_others(rank):
 
     Otherwise the end of process 0 would end it by SIGABRT, with a stack of C++ calls.
     """
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the run has ended
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the connection is lost
         failed = errors.client.blocking_key_value_get('failed', 10 ** 11)  # ms, three years
-        # it may be about to print the same error itself; process 0, which has the key, ends last
-        time.sleep(1 if rank else 3)
-        if failed != errors.process_label:
+        if failed not in ('', errors.process_label):
+            # it may be about to print the same error; process 0, which has the key, ends last
+            time.sleep(1 if rank else 3)
             errors.report(f'stopped, because of the error{failed}')
             os._exit(1)
+
+
+def stop_watching(thread):
+    """End the threads of all processes: one that waits in C++ when Python ends causes a SIGABRT."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has done it
+        errors.client.key_value_set('failed', '')
+    thread.join()
 
 
 @contextlib.contextmanager

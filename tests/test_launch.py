@@ -27,7 +27,7 @@ def initialized(monkeypatch):
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # Ctrl-C ends the wait
         calls.append({name: value for name, value in kwargs.items() if 'timeout' not in name})
     monkeypatch.setattr(jax.distributed, 'initialize', initialize)
-    for function in ('silence_other_processes', 'end_with_others'):
+    for function in ('silence_other_processes', 'end_with_others', 'stop_watching'):
         monkeypatch.setattr(launch, function, lambda rank: None)
     monkeypatch.setattr(errors, 'process_label', '')
     return calls
