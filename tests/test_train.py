@@ -284,6 +284,7 @@ def test_a_smaller_block_size_crops_on_resume_and_a_larger_is_refused(copy):
                                    meta['config'])
 
 
+@pytest.mark.slow
 def test_a_validation_loss_counts_for_the_data_that_it_was_measured_on_only(copy):
     data = shutil.copytree(copy / 'data' / 'tiny', copy / 'data' / 'easy')
     for split in ('train', 'val'):
