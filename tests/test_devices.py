@@ -54,6 +54,7 @@ def test_training_on_devices_follows_nanogpts_trajectory(monkeypatch, n, fsdp):
     quick.test_training_follows_nanogpts_trajectory.__wrapped__()  # as compiled for these tests
 
 
+@pytest.mark.slow
 def test_devices_draw_different_dropout_masks():
     # the same sequence on every device, and a model in which only dropout changes the loss
     config = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8, dropout=0.5)
@@ -151,6 +152,7 @@ def test_a_further_block_takes_less_memory_than_its_weights():
 # -----------------------------------------------------------------------------
 # checkpoints move
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_is_continued_on_another_and_cropped(tmp_path):
     # 4 devices do not divide 10 positions, so wpe is sharded along its other dimension
     config = GPTConfig(block_size=16, vocab_size=20, n_layer=1, n_head=2, n_embd=32)

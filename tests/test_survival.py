@@ -62,8 +62,8 @@ def patched(patch):
 # -----------------------------------------------------------------------------
 # signals; more in test_launch.py
 
-@pytest.mark.parametrize('signum, code', [
-    (signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_stopped_run_is_saved_and_resumes_as_if_never_stopped(folder, signum, code):
     process = start(folder, *TINY, '--max_iters=100000', '--dropout=0.1', '--out_dir=parts')
     process.send_signal(signum)

@@ -287,6 +287,7 @@ def test_a_smaller_block_size_crops_on_resume_and_a_larger_is_refused(copy):
                                    meta['config'])
 
 
+@pytest.mark.slow
 def test_a_validation_loss_counts_for_the_data_that_it_was_measured_on_only(copy):
     data = shutil.copytree(copy / 'data' / 'tiny', copy / 'data' / 'easy')
     for split in ('train', 'val'):
@@ -400,7 +401,7 @@ def batches_of(folder, **changed):
 
 @pytest.mark.parametrize('content, words', [
     (b'', 'train.bin has 0 bytes; .* at least block_size [+] 1 = 17'),
-    (b'\0' * 101, 'train.bin has 101 bytes; .* two bytes each'),
+    (b'\0' * 101, 'train.bin has 101 bytes; .* two-byte token ids'),
     (b'\0\0' * 16 + b'\x14\0' * 2, 'train.bin has the token id 20, .* ends at 19'),
 ])
 def test_unusable_data_is_refused(folder, content, words):
