@@ -156,7 +156,7 @@ def test_smoothing_is_a_mean_around_each_finite_point_and_the_start_is_left_out(
 def test_runs_with_the_same_label_are_their_mean_in_a_band(tmp_path):
     for name, high in (('a', 0), ('b', 1), ('c', 2.5)):
         # the third is shorter, so what follows its end is in no mean
-        torch_log(tmp_path / name, range(30 if name == 'c' else 40), 
+        torch_log(tmp_path / name, range(30 if name == 'c' else 40),
                   loss=lambda it, high=high: 2 + high)
     torch_log(tmp_path / 'd', range(30))
     fig = draw(*(tmp_path / name for name in 'abdc'), labels=['x', 'x', 'y', 'x'])

@@ -267,7 +267,7 @@ def main():
         raise UserError(f'labels has {len(names)} names for {len(paths)} runs; '
                         'give one for each, with commas')
     runs = [read_run(path, name) for path, name in zip(paths, names)]
-    print_table(HEAD, [table_row(run, runs[0]) for run in runs])
+    print_table(HEAD, [table_row(run, runs[0]) for run in runs], markdown=True)
     if out:
         fig = draw(runs, read_bars(times) if times else ())
         try:
