@@ -64,8 +64,9 @@ def test_a_connection_that_is_cut_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv('no_proxy', '*')
     with HTTPServer(('127.0.0.1', 0), Cut) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        with pytest.raises(UserError, match='cannot download'):
-            common.fetch(f'http://127.0.0.1:{server.server_port}/', str(tmp_path / 'input.txt'))
+        url = f'http://127.0.0.1:{server.server_port}/'
+        with pytest.raises(UserError, match=f'cannot download {url}.* by hand to .*input.txt'):
+            common.fetch(url, str(tmp_path / 'input.txt'))
     assert os.listdir(tmp_path) == []
     (tmp_path / 'source').write_bytes(b'a\r\nb\xff\n')
     common.fetch((tmp_path / 'source').as_uri(), str(tmp_path / 'input.txt'))
@@ -144,14 +145,6 @@ def test_pydoc_is_prepared_with_a_tokenizer_of_its_own(data):
     tokenizer, _ = make_tokenizer(text, 'tokenizer.json')
     ids = np.concatenate(read_bins(data / 'pydoc'))
     assert n == 1024 and tokenizer.decode(ids.tolist()) == pydoc_text()
-
-
-def test_a_failed_download_is_one_line_and_leaves_no_file(data):
-    folder = data / 'shakespeare'
-    before = sorted([*os.listdir(folder), 'prepare.lock'])
-    result = prepare(folder)
-    one_line_error(result, common.tinyshakespeare_url, str(folder / 'input.txt'), alone=True)
-    assert sorted(os.listdir(folder)) == before
 
 
 @pytest.mark.slow

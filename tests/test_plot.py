@@ -109,7 +109,7 @@ def test_a_truncated_log_has_a_prefix_of_the_events_and_can_be_appended_to(tmp_p
 
     def events_of(content):
         (tmp_path / 'run.log').write_bytes(content)
-        return list(map(repr, plot.read_events(str(tmp_path / 'run.log'))))  # nan equals nan here
+        return list(map(repr, plot.read_records(str(tmp_path / 'run.log'))))  # nan equals nan here
     events = events_of(full)
     assert len(events) == 4
     for cut in range(len(full)):
@@ -175,9 +175,9 @@ def test_bars_of_times_stand_beside_the_validation_loss_from_the_start_on(tmp_pa
     left, seconds, ms = fig.axes
     assert [ax.get_title() for ax in (left, seconds)] == ['The same loss', 'Less waiting']
     assert [[*line[0]] for line in drawn(left)] == [[0, 10]] * 2 and left.get_ylim()[1] > 4.2
-    assert [text.get_text() for text in seconds.texts] == ['2 s', '50 s, 25.00\u00d7']
+    assert [text.get_text() for text in seconds.texts] == ['2 s', '50 s (25.00\u00d7)']
     assert [text.get_text() for text in ms.texts] == [
-        '20 ms', '20 ms', '30 ms, 1.50\u00d7', '17 ms, 0.85\u00d7']
+        '20 ms', '20 ms', '30 ms (1.50\u00d7)', '17 ms (0.85\u00d7)']
     assert [bar.get_width() for bar in ms.patches] == [20, 20, 30, 17]
     assert [text.get_text() for text in ms.get_yticklabels()] == ['A', 'C']
 

@@ -58,6 +58,12 @@ def run(contender, script, *args, seed=1337):
     return process([*command, f'--device={device}', *args], folder)
 
 
+def train(contender, *args, seed=1337):
+    """As run, of a training run with an out_dir of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run(contender, 'train.py', *args, f'--out_dir={folder}/run', seed=seed)
+
+
 def process(command, folder):
     """(output, seconds) of a command, run in a folder. Raises UserError if it fails."""
     t0 = time.perf_counter()
@@ -102,8 +108,7 @@ def timed(name):
     flags = [*flags, f'--max_iters={iters}', '--eval_interval=1000000', '--eval_iters=1']
     times, walls = {c: [] for c in contenders}, {c: [] for c in contenders}
     for contender in contenders * rounds:
-        with tempfile.TemporaryDirectory() as folder:
-            out, wall = run(contender, 'train.py', *flags, f'--out_dir={folder}/run')
+        out, wall = train(contender, *flags)
         ms = [float(t) for t in re.findall(r'^iter \d+: .* time ([\d.]+)ms', out, re.M)]
         times[contender].append(statistics.median(ms[max(2, iters // 10):]))
         walls[contender].append(wall)
@@ -125,9 +130,7 @@ def best_losses(name):
     rows = []
     for contender in contenders:
         for seed in loss_seeds.split(','):
-            with tempfile.TemporaryDirectory() as folder:
-                out, wall = run(contender, 'train.py', *LOSSES[name], f'--out_dir={folder}/run',
-                                seed=seed)
+            out, wall = train(contender, *LOSSES[name], seed=seed)
             if logs:
                 os.makedirs(logs, exist_ok=True)
                 log = pathlib.Path(logs, f'{contender}-{seed}.log'.replace(' ', '-'))

@@ -41,42 +41,36 @@ configure(globals(), [arg for arg in args if arg.startswith('-')])
 # -----------------------------------------------------------------------------
 # reading runs
 
-# the lines that train.py and train_jax.py print; a truncated line matches none of them
+# the lines that train.py and train_jax.py print; a truncated line does not match
 LOSS = r'(\d+\.\d{4}|nan|inf)'
 ITER = re.compile(rf'iter (\d+): loss {LOSS}, time (\d+\.\d\d)ms')
 STEP = re.compile(rf'step (\d+): train loss {LOSS}, val loss {LOSS}')
 TOKENS = re.compile(r'tokens per iteration will be: ([\d,]+)')
 
 
-def read_events(path):
-    """What a run logged, in order: (iteration, 1, loss, ms, tokens/s) for an iteration, and
-    (iteration, 0, validation loss) for an evaluation, which precedes it. nan or None: unknown."""
+def read_records(path):
+    """The lines of a run's metrics.jsonl as dicts; the same from a training script's output."""
     try:
         if path.endswith('.jsonl') or is_dir(path):
-            for record in read_metrics(path):
-                kind, names = ((1, ('loss', 'ms_per_iter', 'tokens_per_s')) if 'loss' in record
-                               else (0, ('val_loss',)))
-                yield record['iter'], kind, *map(record.get, names)
-        else:
-            with open_file(path, errors='replace') as f:
-                yield from events_of_log(f)
+            return read_metrics(path)
+        with open_file(path, errors='replace') as f:
+            return [*records_of_log(f)]
     except OSError as e:
         raise UserError(f'cannot read {path} ({e.strerror or e}); give an out_dir of train_jax.py, '
                         "its metrics.jsonl, or a file with a training script's output") from e
 
 
-def events_of_log(lines):
-    """The events of a training script's output."""
+def records_of_log(lines):
     tokens_per_iter, evaluated = math.nan, None
     for line in lines:
         if found := ITER.search(line):
             it, loss, ms = int(found[1]), float(found[2]), float(found[3]) or math.nan
             if it == evaluated:
                 ms = math.nan  # PyTorch nanoGPT's time includes the evaluation
-            yield it, 1, loss, ms, tokens_per_iter * 1000 / ms
+            yield dict(iter=it, loss=loss, ms_per_iter=ms, tokens_per_s=tokens_per_iter * 1000 / ms)
         elif found := STEP.search(line):
             evaluated = int(found[1])
-            yield evaluated, 0, float(found[3])
+            yield dict(iter=evaluated, val_loss=float(found[3]))
         elif found := TOKENS.search(line):
             tokens_per_iter = int(found[1].replace(',', ''))
 
@@ -84,22 +78,25 @@ def events_of_log(lines):
 def read_run(path, name):
     """Read a run. Raises UserError if the file has none.
 
-    its, losses, seconds: arrays over logged iterations; evals, vals, eval_seconds: arrays over
-    evaluations; ms, rate: medians, the latter in tokens/s.
+    its, losses, seconds: arrays over logged iterations. evals, vals, eval_seconds: arrays over
+    evaluations. ms, rate: medians, of milliseconds and tokens/s. nan: unknown.
     """
-    events = {}
-    for it, kind, *values in read_events(path):
+    records = {}
+    for record in read_records(path):
+        key = record['iter'], 'loss' in record  # the evaluation comes before the iteration
         # a resumed run repeats iterations: the later ones in the file count
-        while events and next(reversed(events)) >= (it, kind):
-            events.popitem()
-        events[it, kind] = values
-    if not events:
+        while records and next(reversed(records)) >= key:
+            records.popitem()
+        records[key] = record
+    if not records:
         raise UserError(f'no run in {path}: give an out_dir with a metrics.jsonl, or a file with '
                         'lines such as "iter 250: loss 2.4904, time 45.33ms"')
-    logged, evaluated = ([(it, *values) for (it, kind), values in events.items() if kind == wanted]
-                         for wanted in (1, 0))
-    its, losses, ms, rates = np.array(logged, float).reshape(-1, 4).T
-    evals, vals = np.array(evaluated, float).reshape(-1, 2).T
+
+    def columns(kind, *names):
+        return [np.array([record.get(name) for record in records.values() if kind in record], float)
+                for name in names]
+    its, losses, ms, rates = columns('loss', 'iter', 'loss', 'ms_per_iter', 'tokens_per_s')
+    evals, vals = columns('val_loss', 'iter', 'val_loss')
     run = SimpleNamespace(name=name, its=its, losses=losses, evals=evals, vals=vals,
                           ms=median(ms), rate=median(rates))
     # a line counts for all iterations since the line before; an unknown time counts as the median
@@ -125,16 +122,17 @@ HEAD = ['run', 'last iteration', 'train loss, last', 'val loss, last', 'val loss
 
 
 def table_row(run, first):
-    """A run's cells in the table; first: the run to compare its time with."""
+    """A run's cells in the table. first: the run to compare its time with."""
     def cell(text, x):
         return '-' if math.isnan(x) else text.format(x)
-    finite = np.flatnonzero(np.isfinite(run.vals))
-    best = finite[np.argmin(run.vals[finite])] if finite.size else None
-    return [run.name, f'{max(*run.its[-1:], *run.evals[-1:], 0):.0f}',
-            *[f'{losses[-1]:.4f}' if losses.size else '-' for losses in (run.losses, run.vals)],
-            '-' if best is None else f'{run.vals[best]:.4f} at {run.evals[best]:.0f}',
-            cell('{:.2f}', run.ms), cell('{:,.0f}', run.rate),
-            cell('{:.2f}', run.ms / first.ms)]
+
+    def last(losses):
+        return f'{losses[-1]:.4f}' if losses.size else '-'
+    best = min(((val, it) for val, it in zip(run.vals, run.evals) if math.isfinite(val)),
+               default=None)
+    return [run.name, f'{max(*run.its[-1:], *run.evals[-1:], 0):.0f}', last(run.losses),
+            last(run.vals), '{:.4f} at {:.0f}'.format(*best) if best else '-',
+            cell('{:.2f}', run.ms), cell('{:,.0f}', run.rate), cell('{:.2f}', run.ms / first.ms)]
 
 
 # -----------------------------------------------------------------------------
@@ -144,7 +142,7 @@ DASHES = ['-', '--', '-.', ':']  # beside ten colors
 
 
 def smoothed(y):
-    """Centered moving averages; over fewer values near the ends."""
+    """Centered moving averages, over fewer values near the ends."""
     i, half = np.arange(len(y)), int(len(y) * smooth / 2)
     first, last = np.maximum(i - half, 0), np.minimum(i + half + 1, len(y))
     sums = np.cumsum([0, *y])
@@ -152,8 +150,7 @@ def smoothed(y):
 
 
 def curves(run):
-    """(training, evaluations): arrays of iterations, seconds and finite losses, training's
-    smoothed."""
+    """(training, evaluations): arrays of iterations, seconds, and losses that are finite."""
     train, val = np.isfinite(run.losses), np.isfinite(run.vals)
     return (np.array([run.its[train], run.seconds[train], smoothed(run.losses[train])]),
             np.array([run.evals[val], run.eval_seconds[val], run.vals[val]]))
@@ -162,7 +159,7 @@ def curves(run):
 def draw_losses(panels, runs, style, kinds):
     """Draw the mean of runs, in a band, into panels; returns the line for the legend.
 
-    panels: (axes, row of a curve that is x, its unit). kinds: of curves: 0 training, 1 evaluations.
+    panels: (axes, row of a curve to use as x, its unit). kinds: 0 for training, 1 for evaluations.
     """
     for kind in kinds:
         each = [curves(run)[kind] for run in runs]
@@ -179,12 +176,12 @@ def draw_losses(panels, runs, style, kinds):
 
 
 def draw_bars(axes, bars):
-    """Draw pairs of horizontal bars into {unit: axes}, and the ratio at the second one."""
+    """Draw pairs of horizontal bars into {unit: axes}. The second one also shows the ratio."""
     for unit, ax in axes.items():
         names, *pair = zip(*(row[:3] for row in bars if row[3] == unit))
         y, ratios = np.arange(len(names)), np.divide(*pair[::-1])
         texts = ([f'{t:g} {unit}' for t in pair[0]],
-                 [f'{t:g} {unit}, {ratio:.2f}\u00d7' for t, ratio in zip(pair[1], ratios)])
+                 [f'{t:g} {unit} ({ratio:.2f}\u00d7)' for t, ratio in zip(pair[1], ratios)])
         for i in (0, 1):
             drawn = ax.barh(y + (i - 0.5) * 0.4, pair[i], 0.38, color=f'C{i}')
             ax.bar_label(drawn, texts[i], padding=3)
@@ -196,7 +193,7 @@ def draw_bars(axes, bars):
 
 def draw_axes(fig, runs, bars):
     """Draw all but the losses; returns (the panels of draw_losses, the right panel)."""
-    if bars:  # the left panel then starts at iteration 0
+    if bars:
         units = Counter(unit for *_, unit in bars)
         axes = fig.subplot_mosaic([['', unit] for unit in units], height_ratios=[*units.values()])
         left = axes.pop('')
@@ -211,7 +208,7 @@ def draw_axes(fig, runs, bars):
     right.set(xlabel=f'training time without evaluations ({name})')
     late = np.concatenate([curve[2, curve.shape[1] // 10:]
                            for run in runs for curve in curves(run)])
-    if late.size:  # the steep start is left out
+    if late.size:  # leave out the steep start
         margin = np.ptp(late) / 20 or 0.1
         left.set(ylabel='loss (nats per token)', ylim=(late.min() - margin, late.max() + margin))
     return [(left, 0, 1), (right, 1, unit)], right
@@ -264,8 +261,7 @@ def main():
         raise UserError('no run to plot; give out_dirs or log files, as in: '
                         'python -m tools.plot out_jax train.log')
     if len(names) != len(paths):
-        raise UserError(f'labels has {len(names)} names for {len(paths)} runs; '
-                        'give one for each, with commas')
+        raise UserError(f'--labels has {len(names)} names for {len(paths)} runs: give one for each')
     runs = [read_run(path, name) for path, name in zip(paths, names)]
     print_table(HEAD, [table_row(run, runs[0]) for run in runs], markdown=True)
     if out:
