@@ -145,7 +145,7 @@ class OwnEncoding:
 
     def __init__(self, path):
         self.tokenizer, self.n_vocab = make_tokenizer(read_tokenizer(path), path)
-        self.tokenizer.encode_special_tokens = True  # in documents no text is a special token
+        self.tokenizer.encode_special_tokens = True  # as text: documents have no special tokens
         self.name, self.max_token_value = path, self.n_vocab - 1
         self.eot_token = end_of_text(self.tokenizer)
         if self.eot_token is None:
@@ -157,7 +157,7 @@ class OwnEncoding:
 
 
 def slices(texts):
-    """Yield lists of a few of the texts, which are read from disk only then."""
+    """Yield the texts in short lists, so that few are in memory."""
     for start in range(0, len(texts), rows):
         yield texts[start:start + rows]
 
@@ -165,7 +165,7 @@ def slices(texts):
 def write_documents(folder, splits, enc, num_proc):
     """Write train.bin and val.bin: the ids of each split's documents, each ended by enc.eot_token.
 
-    splits: {'train': texts, 'val': texts}, sequences of str that are read in slices. Raises
+    splits: {'train': texts, 'val': texts}; texts: a sequence of str that can be sliced. Raises
     UserError if an id does not fit uint16.
     """
     if enc.max_token_value >= MOST_TOKENS:
@@ -183,10 +183,10 @@ def write_documents(folder, splits, enc, num_proc):
 def write_texts(path, texts, enc, num_proc):
     """Write the ids of texts to path; returns their number."""
     def encode(text):
-        # as encode_ordinary, in which no text is a special token, but without slow Python lists
+        # as encode_ordinary, without special tokens, but faster: no Python lists
         ids = enc.encode_to_numpy(text, disallowed_special=())
         return np.append(ids, enc.eot_token).astype(np.uint16)
-    # not datasets.map: as fast, but it stores all ids once more in its cache (OpenWebText: 18 GB)
+    # datasets.map is as fast, but stores a copy of all ids in its cache (OpenWebText: 18 GB)
     with (open(path, 'wb') as f, ThreadPoolExecutor(num_proc) as pool,  # tokenizers drop the GIL
           tqdm(total=len(texts), unit=' documents', disable=None) as bar):  # None: on a terminal
         for part in slices(texts):

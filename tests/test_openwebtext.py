@@ -1,5 +1,4 @@
-"""data/openwebtext/prepare.py, and write_documents of data/common.py, mostly with a tokenizer that
-needs no files."""
+"""data/openwebtext/prepare.py, and write_documents of data/common.py."""
 
 import importlib.util
 import json
@@ -40,20 +39,14 @@ def write_files(folder, ending, docs=DOCS):
         return
     # the files have another column too, of different types
     for name, part, other in (('a', docs[:60], 1), ('b', docs[60:], 'a')):
-        if ending == 'jsonl':
-            lines = [json.dumps({'id': other, 'text': doc}, ensure_ascii=name == 'a') + '\n'
-                     for doc in part]
-            (folder / f'{name}.jsonl').write_text(''.join(lines), encoding='utf-8')
-        else:
-            pa = pytest.importorskip('pyarrow')
-            table = pa.table({'id': [other] * len(part), 'text': part})
-            pytest.importorskip('pyarrow.parquet').write_table(
-                table, folder / f'{name}.parquet', row_group_size=7)
+        table = pytest.importorskip('datasets').Dataset.from_dict(
+            {'id': [other] * len(part), 'text': part})
+        write = table.to_json if ending == 'jsonl' else table.to_parquet
+        write(folder / f'{name}.{ending}')
 
 
 def split(docs, share=0.0005):
-    """(train, val) by the definition of nanoGPT's train_test_split(test_size=0.0005, seed=2357,
-    shuffle=True)."""
+    """(train, val) as nanoGPT's train_test_split(test_size=share, seed=2357, shuffle=True)."""
     order = np.random.default_rng(2357).permutation(len(docs))
     docs, n = [docs[i] for i in order], math.ceil(len(docs) * share)
     return docs[n:], docs[:n]
@@ -76,10 +69,9 @@ class Documents(list):
         return super().__getitem__(rows)
 
 
-@pytest.mark.parametrize('num_proc', [1, 3])
-def test_the_bytes_are_those_of_a_sequential_loop_and_replaced_together(tmp_path, num_proc, capsys):
+def test_the_bytes_are_those_of_a_sequential_loop_and_replaced_together(tmp_path, capsys):
     train = Documents(DOCS * 3)
-    common.write_documents(tmp_path, {'val': DOCS[:9], 'train': train}, TINY, num_proc)
+    common.write_documents(tmp_path, {'val': DOCS[:9], 'train': train}, TINY, 3)
     assert made(tmp_path) == [expected_bytes(train), expected_bytes(DOCS[:9])]
     assert max(train.read) <= common.rows < len(train)  # a part of the corpus is in memory
     n_tokens = len(expected_bytes(train)) // 2
@@ -88,7 +80,7 @@ def test_the_bytes_are_those_of_a_sequential_loop_and_replaced_together(tmp_path
     old = made(tmp_path)
     broken = Documents(DOCS * 3, broken=300)
     with pytest.raises(UserError, match='deleted.*start again'), common.locked(tmp_path):
-        common.write_documents(tmp_path, {'val': DOCS[:5], 'train': broken}, TINY, num_proc)
+        common.write_documents(tmp_path, {'val': DOCS[:5], 'train': broken}, TINY, 3)
     assert made(tmp_path) == old
     assert sorted(os.listdir(tmp_path)) == ['prepare.lock', 'train.bin', 'val.bin']
 
@@ -106,7 +98,7 @@ def test_a_tokenizer_that_does_not_fit_uint16_is_refused(tmp_path):
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """prepare.py as a module, with tiny_encoding, and with datasets' cache in tmp_path."""
+    """prepare.py as a module, with tiny_encoding. datasets' cache is in tmp_path."""
     datasets = pytest.importorskip('datasets')
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'hf'))
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # restored after the script has set it
@@ -248,7 +240,7 @@ def test_wrong_flags_are_refused(tmp_path, script, flags, words):
 # -----------------------------------------------------------------------------
 # a process that ends while it writes
 
-# runs prepare.py with tiny_encoding, which ends the process at a document with 'wait here'
+# run prepare.py with tiny_encoding, and kill the process at a document with 'wait here'
 RUN = f"""
 import os, runpy, sys
 sys.path[:0] = [{os.path.join(ROOT, 'tests')!r}, {os.path.join(ROOT, 'data')!r}]
@@ -271,7 +263,7 @@ def test_a_killed_process_changes_nothing_and_a_full_disk_is_one_line(tmp_path, 
     script.run(*flags, '--val_share=0.1')
     expected = [expected_bytes(part) for part in split(WAITING, 0.1)]
     env = {'HF_HOME': str(tmp_path / 'hf'), 'HF_HUB_OFFLINE': '1'}
-    # a larger share, so that val.bin would have other tokens
+    # with a larger share val.bin would have other tokens
     assert run(tmp_path, '-c', RUN, *flags, '--val_share=0.3', **env).returncode == -9
     assert made(tmp_path / 'out') == expected
     full = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n'

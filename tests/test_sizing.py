@@ -47,7 +47,7 @@ def test_the_figures_of_124M_are_nanogpts_published_ones():
     assert model.estimate_mfu(1, 1.0, peak_flops=1.0) == 875062886400  # 6N + 12LHQT
     memory = sizing.device_memory(config, 12, 40)
     assert f'{memory["a checkpoint"] / 1e9:.2f}' == '1.49'
-    # 300 billion tokens in 3.46 days, by an N with wpe, which is 0.6% more
+    # the notebook says 3.46 days for 300 billion tokens; its N has wpe and is 0.6% larger
     seconds = 6 * model.get_num_params() * 3e11 / (8 * 312e12 * 0.3)
     assert sizing.duration(seconds) == '3.44 days'
     assert sizing.duration(seconds / 200) == '24.7 minutes'
@@ -68,7 +68,7 @@ def test_compute_optimal_sizes_are_those_of_the_papers_tables():
             ('approach 3, less rounded', 0.08, 1e12, 5.65e26, 94.1e12),
             # by the constants as printed, nanoGPT's notebook, on a grid with steps of 15%
             ('approach 3, equation 10', 0.075, 316.23e6, 2.21e19, 11.65e9),
-            # Chinchilla itself, where the rule comes from, and with which the refit agrees
+            # Chinchilla itself: the origin of the rule, and close to the refit
             ('20 tokens per parameter', 1e-3, 70e9, 5.88e23, 1.4e12),
             ('refit by Besiroglu et al. 2024', 0.1, 70e9, 5.88e23, 1.4e12)):
         assert sizing.optimal_size(law, C) == (

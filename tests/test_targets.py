@@ -25,7 +25,7 @@ from tools.hlo import custom_calls, estimated_cycles, instructions
 
 @pytest.fixture(autouse=True)
 def default_precision():
-    # runs do not ask for the highest, as test_jax_transformer.py does, which helpers.py imports
+    # undo the highest precision, which test_jax_transformer.py sets for all tests
     with jax.default_matmul_precision(None):
         yield
 
@@ -73,7 +73,7 @@ def test_the_step_of_a_gpu_is_16_bit_and_stores_no_more_than_it_should(target, d
 @pytest.mark.slow
 @needs_cuda
 def test_bfloat16_on_a_t4_is_computed_in_float32():
-    # why float16 is the default there; if this fails, XLA has learnt better
+    # so float16 is the default there
     devices = targets.target_devices('t4')
     config = GPTConfig(256, 512, n_layer=1, n_head=2, n_embd=128, dtype='bfloat16')
     hlo = targets.compile_step(config, make_mesh(devices), 1, 2).as_text()

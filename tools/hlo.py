@@ -94,7 +94,7 @@ def instructions(hlo):
 
 
 def trip_count(line, computations):
-    """How often a while instruction runs its body; 1 if the program does not say so."""
+    """How often a while instruction runs its body; 1 if unknown."""
     if trips := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(trips[1])
     # a TPU's compiler notes no count, but a scan counts from 0 to the condition's only constant
@@ -116,7 +116,7 @@ def split_computations(hlo):
 
 
 def group_size(line, n_devices):
-    """Number of devices in each group of a collective operation; all of them if it names none."""
+    """Number of devices in each group of a collective operation; all if it names no groups."""
     # three notations: {{0,1},{2,3}}, [groups,size]<=..., and mesh['data'=2,'fsdp'=4] {'fsdp'}
     if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', line):
         return len(listed[1].split(','))

@@ -1,6 +1,6 @@
 """
-What a model and a run need: parameters, FLOPs and activations by part, memory, the size of a
-checkpoint, the time of training, and the compute-optimal number of tokens. It needs no GPU.
+What a model and a run need: parameters, FLOP and activations by part, memory, the size of a
+checkpoint, the time of training, and the compute-optimal number of tokens. Runs on any CPU.
 $ python -m tools.sizing
 $ python -m tools.sizing config/train_shakespeare_char.py
 $ python -m tools.sizing --init_from=gpt2-xl --batch_size=4 --remat=True
@@ -147,7 +147,7 @@ def device_memory(gptconf, batch_size, micro_steps):
     state = abstract_train_state(gptconf, tx)
     weights = gradients = n_bytes(state['params'])
     moments, activations = n_bytes(state['opt_state']), batch_size * count_saved(gptconf)[1]
-    # within a micro-step gradients replace activations; the sum over micro-steps is always there
+    # in a micro-step gradients replace activations; accumulation also keeps a sum of gradients
     temporary = gradients + activations if micro_steps > 1 else max(gradients, activations)
     return {'weights, float32': weights, "AdamW's two moments": moments,
             'gradients, float32': gradients, f'activations of {batch_size} sequences': activations,

@@ -1,6 +1,6 @@
 """
-Write train.bin and val.bin: OpenWebText, another data set of the Hugging Face hub, or documents of
-your own, in GPT-2's tokens or those of a tokenizer.json. They are large: read readme.md first.
+Write train.bin and val.bin from OpenWebText, from another data set of the Hugging Face hub, or from
+your documents, in GPT-2's tokens or in your own. They are large: read readme.md first.
 $ python data/openwebtext/prepare.py --num_proc=8
 $ python data/openwebtext/prepare.py --input='text/*.jsonl' --out_dir=data/mytext
 $ python data/openwebtext/prepare.py --repo=HuggingFaceFW/fineweb-edu --name=sample-10BT \\
@@ -35,7 +35,7 @@ val_share = 0.0005 # fraction of the documents for val.bin; nanoGPT's is 0.0005
 num_proc = 8 # threads that tokenize, processes that download
 from configurator import configure
 args = sys.argv[1:] if __name__ == '__main__' else []
-# it runs no config files: they could be documents
+# no config files: a file given here could be a document
 config, given = configure(globals(), [arg for arg in args if arg.startswith('-')])
 # -----------------------------------------------------------------------------
 
@@ -91,17 +91,17 @@ def load_files(paths, ending):
 
         def read(batch):
             return {text_column: [read_text(path) for path in batch[text_column]]}
-        # a text is read when it is needed
+        # read a text when it is needed
         return datasets.Dataset.from_dict({text_column: paths}).with_transform(read)
-    # one at a time, so that an error names its file, and other columns may differ
+    # load one at a time: an error names its file, and other columns may differ
     return datasets.concatenate_datasets([load_file(path, readers[ending]) for path in paths])
 
 
 def load_file(path, reader):
     try:
         docs = datasets.load_dataset(reader, data_files=glob.escape(path), split='train')
-        docs.data.validate(full=True)  # checks UTF-8, which the readers do not
-    except Exception as e:  # the library raises many types, with the reason in their cause
+        docs.data.validate(full=True)  # the readers do not check UTF-8
+    except Exception as e:  # of many types, with the reason in their cause
         reason = ' '.join(str(e.__cause__ or e).split()) or 'no documents'
         raise UserError(f'cannot read {path} ({reason})') from e
     return select_text(docs, path)
@@ -155,8 +155,8 @@ def find_encoding(folder):
         return gpt2_encoding()
     optional_import('tokenizers')
     if os.path.exists(os.path.join(folder, 'train.bin')):
-        raise UserError(f'{folder} has a train.bin of other tokens, which a new tokenizer.json '
-                        'would make unreadable: choose another --out_dir, or delete it')
+        raise UserError(f'{folder} has a train.bin of other tokens, and a new tokenizer.json '
+                        'would make it unreadable: choose another --out_dir, or delete it')
     return None
 
 
