@@ -1,6 +1,6 @@
 """
 The parts of a training run: learning rate and optimizer, batches, the training state, the jitted
-steps, and what a resumed run takes from its checkpoint. Nothing here reads a global setting.
+steps, and the settings that a resumed run takes over. No function here reads a global setting.
 """
 
 import math
@@ -55,7 +55,7 @@ def create_learning_rate_schedule(learning_rate, warmup_iters, lr_decay_iters, m
 
 
 def decay_mask(params):
-    """True for the tensors with weight decay: those of two or more dimensions, as in nanoGPT."""
+    """True for tensors of two or more dimensions, which alone decay, as in nanoGPT."""
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
@@ -86,14 +86,14 @@ TRAIN, EVAL = 0, 1  # random streams
 
 def batch_offsets(n, n_offsets, seed, iter_num, stream):
     """n random offsets below n_offsets, int64: a function of (seed, iter_num, stream) only."""
-    # a counter-based generator has no state, so a resumed run draws the same offsets as an
-    # uninterrupted one. NumPy's, since OpenWebText's offsets do not fit jax.random's int32
+    # a counter-based generator has no state, so a resumed run draws the offsets of an uninterrupted
+    # one. It is NumPy's because OpenWebText's offsets do not fit jax.random's int32
     bits = np.random.Philox(key=[seed, stream], counter=[0, 0, 0, iter_num])
     return np.random.Generator(bits).integers(n_offsets, size=n)
 
 
 def count_tokens(data_dir, split, block_size):
-    """Number of tokens in a split. Raises UserError if no batch can be drawn from it."""
+    """Number of tokens in a split. Raises UserError if it is too short for a batch."""
     path = run_dir.join(data_dir, f'{split}.bin')
     size = run_dir.file_size(path)
     if size is None and run_dir.is_remote(path):
@@ -105,7 +105,7 @@ def count_tokens(data_dir, split, block_size):
                         + os.path.join(data_dir, 'prepare.py')
                         + (hint if data_dir.endswith('openwebtext') else ''))
     if size % 2 or size // 2 < block_size + 1:
-        raise UserError(f'{path} has {size} bytes; it must have token ids of two bytes each, at '
+        raise UserError(f'{path} has {size} bytes; it must hold two-byte token ids, at '
                         f'least block_size + 1 = {block_size + 1}')
     return size // 2
 
@@ -113,9 +113,9 @@ def count_tokens(data_dir, split, block_size):
 class Batches:
     """Batches of a data set on the devices of a layout: int32 x and y, y one token ahead of x.
 
-    vocab_size: of the model; every id must be below it. seed: of the training batches. An
-    evaluation draws eval_iters batches of batch_size sequences. Each process reads the sequences of
-    its own devices only. Methods raise UserError if a file cannot be used.
+    vocab_size: the model's; every id must be below it. seed: for the training batches. An
+    evaluation draws eval_iters batches of batch_size sequences. Each process reads only the
+    sequences of its own devices. Methods raise UserError if a file cannot be used.
     """
 
     def __init__(self, layout, data_dir, block_size, vocab_size, seed, eval_iters, batch_size):
@@ -131,7 +131,7 @@ class Batches:
         return self._load('train', offsets.reshape(micro_steps, -1))
 
     def evaluation(self, split):
-        """Yield x, y (B, block_size), the same in every run; targets of padding are -1."""
+        """Yield x, y (B, block_size), the same in every run. Targets of padding are -1."""
         self._warn_if_changed(split)
         offsets = self._evaluation_offsets(split)
         n_devices = self.layout.mesh.size
@@ -142,12 +142,12 @@ class Batches:
             yield self._load(split, part)
 
     def bytes_per_token(self, split, vocabulary):
-        """Mean bytes of text of a target of evaluation(split). Raises UserError if the vocabulary
-        cannot tell."""
+        """Mean number of bytes of text in a target of evaluation(split). Raises UserError if the
+        vocabulary has no text for one."""
         n_bytes = np.array(bytes_of_tokens(vocabulary))
         targets = self._read(split, self._evaluation_offsets(split))[:, 1:]
         if (largest := targets.max()) >= len(n_bytes):
-            raise UserError(f'no text is known for the token id {largest}')
+            raise UserError(f'the vocabulary has no text for the token id {largest}')
         return float(n_bytes[targets].mean())
 
     def _evaluation_offsets(self, split):
@@ -170,11 +170,11 @@ class Batches:
         version = run_dir.file_version(self._path(split))
         if version != self.versions[split]:
             print(f'WARNING: {self._path(split)} has changed since this run started; '
-                  'its batches are no longer those of an uninterrupted run')
+                  'its batches differ from those of an uninterrupted run')
             self.versions[split] = version
 
     def _read(self, split, offsets):
-        """The block_size + 1 tokens from each offset (n,) on: int32 (n, block_size + 1)."""
+        """The block_size + 1 tokens at each offset: offsets (n,) to int32 (n, block_size + 1)."""
         path, n_bytes = self._path(split), 2 * (self.block_size + 1)
         try:
             # in one call, since bucket reads are slow but concurrent
@@ -182,10 +182,10 @@ class Batches:
         except OSError as e:
             raise UserError(f'cannot read {path}: {e.strerror or e}') from e
         if len(data) < n_bytes * len(offsets):
-            raise UserError(f'{path} has become shorter since this run started: restore it, and '
+            raise UserError(f'{path} has become shorter since this run started; restore it, and '
                             'resume the run')
         tokens = np.frombuffer(data, np.uint16).reshape(len(offsets), -1)
-        # jax's gather would return nan for such an id
+        # jax's gather returns nan for such an id
         if (largest := tokens.max(initial=0)) >= self.vocab_size:
             raise UserError(f"{path} has the token id {largest}, but the model's vocabulary ends "
                             f'at {self.vocab_size - 1}: prepare the data again, or train a model '
@@ -193,7 +193,7 @@ class Batches:
         return tokens.astype(np.int32)
 
     def _load(self, split, offsets):
-        """x, y on the devices for offsets (..., B); a negative offset stands for padding."""
+        """x, y on the devices for offsets (..., B); a negative offset means padding."""
         tokens = np.zeros((*offsets.shape, self.block_size + 1), np.int32)
         sharding = batch_sharding(self.layout.mesh, tokens.ndim)  # splits B, so it fits offsets
         own = np.zeros(offsets.shape, bool)
@@ -223,16 +223,16 @@ def split_model(config):
 
 
 def _train_state(params, tx):
-    # plain dicts, which jit dispatches fastest. The loss scale is there for every dtype, so that a
-    # run can be resumed in another one; GradScaler's initial scale
+    # jit dispatches plain dicts fastest. Every dtype has the loss scale, so that a run can resume
+    # in another one. 65536 is GradScaler's initial scale
     loss_scale = {'scale': jnp.float32(65536), 'good_steps': jnp.int32(0)}
     return {'params': params, 'opt_state': tx.init(params), 'loss_scale': loss_scale}
 
 
 def create_train_state(model, tx, mesh=None):
-    """The training state {'params', 'opt_state', 'loss_scale'} of a model that has weights.
+    """The training state {'params', 'opt_state', 'loss_scale'} of a model with its weights.
 
-    mesh: place it on these devices, sharded; otherwise it stays where the weights are.
+    mesh: shard the state over these devices; otherwise it stays where the weights are.
     """
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     if mesh is None:
@@ -246,8 +246,8 @@ def create_train_state(model, tx, mesh=None):
 
 
 def check_model_memory(config, mesh, what, bytes_per_weight):
-    """Raise UserError if a model does not fit into the memory of a CPU's machine."""
-    if mesh.devices.flat[0].platform == 'cpu':  # other devices refuse at once what they cannot hold
+    """Raise UserError if a model does not fit into this machine's memory. For CPUs only."""
+    if mesh.devices.flat[0].platform == 'cpu':  # other devices fail at once
         n_params = config.n_embd * (config.vocab_size + config.block_size
                                     + 12 * config.n_layer * config.n_embd)  # without biases
         check_memory(bytes_per_weight * n_params / mesh.shape['fsdp'], what,
@@ -283,15 +283,15 @@ def load_pretrained(model_type_or_path, tx, mesh, block_size, dropout):
 
 
 class LoadedModel(NamedTuple):
-    """A model in evaluation mode, as load_model finds it."""
+    """A model in evaluation mode, from load_model."""
     model: GPT
     vocabulary: Any  # of nanogpt_jax/tokenizer.py
     step: int | None  # of the checkpoint; None for pretrained weights
 
 
 def load_model(init_from, out_dir, checkpoint, mesh, dtype):
-    """The LoadedModel of a checkpoint in out_dir if init_from is 'resume', else of GPT-2's weights;
-    on the mesh's devices, computing in dtype."""
+    """Load a checkpoint in out_dir if init_from is 'resume', else GPT-2's weights, as a LoadedModel
+    that computes in dtype on the mesh's devices."""
     if init_from != 'resume':
         model = GPT.from_pretrained(init_from, dict(dropout=0.0), dtype=dtype)
         replicated = NamedSharding(mesh, PartitionSpec())
@@ -499,11 +499,11 @@ def estimate_loss(eval_step, params, batches, stop=None):
 # settings, and what a resumed run takes from its checkpoint
 
 def check_settings(config):
-    """Raise UserError for numbers that no run can use, among the settings that config has."""
+    """Raise UserError for a number in config that no run can use."""
     counts = ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps',
               'batch_size', 'fsdp')
     ranges = dict.fromkeys(counts, (1, math.inf))
-    # array indices are int32; each layer is compiled by itself
+    # array indices are int32, and each layer is compiled separately
     ranges |= dict.fromkeys(('block_size', 'n_head', 'n_embd'), (1, 2 ** 31)) | dict(
         n_layer=(1, 10 ** 4), vocab_size=(0, 2 ** 31), max_new_tokens=(0, 2 ** 31))
     # the devices count iterations in int32
@@ -515,7 +515,7 @@ def check_settings(config):
         if name in config and not least <= config[name] < end:
             below = '' if end == math.inf else f' and below {end}'
             raise UserError(f'{name} is {config[name]}; it must be at least {least}{below}')
-    for name in ('gradient_accumulation_steps', 'eval_iters'):  # the sequences read at a time
+    for name in ('gradient_accumulation_steps', 'eval_iters'):  # sequences that are read at once
         if name in config:
             factors = config[name], config['batch_size'], config['block_size']
             check_memory(8 * math.prod(factors), f'the token ids of {name} * batch_size * '
@@ -523,9 +523,9 @@ def check_settings(config):
 
 
 def check_same_settings(configs):
-    """Raise UserError if the processes of a run, each with its config, have different settings."""
+    """Raise UserError if the processes of a run have different settings. configs: one of each."""
     for name, value in configs[0].items():
-        # each process may have a device, and a path to the shared folder, of its own
+        # processes may differ in their device and in their path to the shared folder
         if name not in ('device', 'out_dir'):
             for index, config in enumerate(configs):
                 if config[name] != value:
@@ -536,8 +536,8 @@ def check_same_settings(configs):
 def check_finite(iter_num, numbers, checkpoints):
     """Raise UserError if one of these named scalars is not finite; waits for the device.
 
-    checkpoints: to name the one that the run can be resumed from. In float16 an overflow
-    only skips the step, until the loss scale drops below 1.
+    checkpoints: the error names the one to resume from. In float16 an overflow only skips the step,
+    until the loss scale drops below 1.
     """
     if float(numbers.get('loss_scale', 0)) >= 1:
         return
@@ -560,19 +560,19 @@ def crop_state(state, block_size, mesh):
     return jax.jit(crop, out_shardings=shardings(jax.eval_shape(crop, state), mesh))(state)
 
 
-# always from the checkpoint, whose weights have this shape; block_size can be cropped
+# always taken from the checkpoint, since its weights have this shape; block_size can be cropped
 MODEL_SHAPE = set(GPT_ARGS) - {'block_size', 'dropout'}
-# never from the checkpoint: they belong to the command and the machine
+# never taken from the checkpoint: they belong to the command and the machine
 NOT_RESUMED = ('init_from', 'out_dir', 'eval_only', 'device', 'attention', 'compilation_cache',
                'fsdp', 'heartbeat_timeout')
 
 
 def merge_resumed_config(config, given, saved):
-    """(config of a resumed run, text that lists how it differs from the saved one).
+    """(config of a resumed run, its differences from the saved one as text).
 
     config: this command's settings. given: the names that the user set. saved: the checkpoint's
-    config. Given settings have precedence, except for the model's shape; all others come from the
-    checkpoint. Raises UserError if block_size is larger than the checkpoint's.
+    config. Given settings win, except for the model's shape; the others come from the checkpoint.
+    Raises UserError if block_size is larger than the checkpoint's.
     """
     merged, differs = dict(config), []
     for name in (k for k in saved if k in config and k not in NOT_RESUMED):
@@ -582,7 +582,7 @@ def merge_resumed_config(config, given, saved):
             result = (' (kept: the weights have this shape)' if name in MODEL_SHAPE else
                       f' -> {config[name]}')
             differs.append(f'{name} {saved[name]}{result}')
-    # a setting of other code, such as a fork's
+    # settings of other code, such as a fork
     differs += [f'{name} {saved[name]} (not a setting of this train_jax.py)'
                 for name in sorted(saved.keys() - config.keys() - {'wandb_run_id'})]
     if merged['block_size'] > saved['block_size']:
@@ -595,7 +595,7 @@ def merge_resumed_config(config, given, saved):
 # Weights & Biases, and a terminal
 
 def start_wandb(project, name, config, run_id):
-    """The wandb run. run_id: of the run to continue, or None. Raises UserError without a login."""
+    """Start a wandb run, or continue run_id if it is not None. Raises UserError without a login."""
     wandb = optional_import('wandb')
     try:
         run = wandb.init(project=project, name=name, config=config, id=run_id, resume='allow')
@@ -604,7 +604,7 @@ def start_wandb(project, name, config, run_id):
                         'WANDB_MODE=offline to keep the log here, or give --wandb_log=False'
                         ) from e
     finally:
-        sys.excepthook = report_user_error  # wandb's own prints a traceback of a user's mistake
+        sys.excepthook = report_user_error  # wandb replaces it
     return run
 
 
@@ -619,7 +619,7 @@ def progress(items, description):
 
 
 def print_time_left(seconds):
-    """On a terminal, how long a run still takes and when it is done."""
+    """On a terminal, print how long a run still takes and when it will be done."""
     if sys.stdout.isatty() and round(seconds) > 0:
         at = time.strftime('%a %H:%M', time.localtime(time.time() + seconds))
         print(f'{timedelta(seconds=round(seconds))} left, done at about {at}')

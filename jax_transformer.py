@@ -2,8 +2,8 @@
 The GPT language model of nanoGPT in JAX/Flax NNX: modules, parameters and the forward pass.
 
 Read it next to nanoGPT's model.py: modules have the same names; parameters have Flax's (kernel,
-scale, embedding). The operations inside them (attention, dropout, GELU, cross-entropy, matmul) are
-in nanogpt_jax/ops.py, sampling is in nanogpt_jax/sampling.py.
+scale, embedding). The operations (attention, dropout, GELU, cross-entropy, matmul) are in
+nanogpt_jax/ops.py, sampling is in nanogpt_jax/sampling.py.
 """
 
 import math
@@ -23,17 +23,17 @@ from nanogpt_jax.ops import (
 )
 from nanogpt_jax.sampling import Sampler, stream_tokens
 
-# name here what a changed model computes in another way, such as {'norm': 'rmsnorm'}: checkpoints
+# if you change what the model computes, name it here, such as {'norm': 'rmsnorm'}: checkpoints
 # store it, and another model refuses them
 VARIANT = {}
 
 
 @dataclass(frozen=True)  # frozen: nnx.split keeps it in the graphdef, which must be hashable
 class GPTConfig:
-    """Shape of a model and how it is computed.
+    """Shape of a model, and how to compute it.
 
     dtype: compute dtype, float32, bfloat16 or float16; parameters are always float32.
-    attention: 'xla', or a fused kernel, 'cudnn' for NVIDIA GPUs and 'splash' for TPUs. remat:
+    attention: 'xla', or a fused kernel: 'cudnn' on NVIDIA GPUs, 'splash' on TPUs. remat:
     recompute each block in the backward pass instead of saving its activations. Raises UserError
     for invalid values.
     """
@@ -43,7 +43,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # of every Linear and LayerNorm; GPT-2 has them, False trains slightly faster
+    bias: bool = True  # in every Linear and LayerNorm, as in GPT-2; False is slightly faster
     dtype: str = 'float32'
     attention: str = 'xla'
     remat: bool = False
@@ -70,10 +70,10 @@ class GPTConfig:
     def from_model_args(cls, model_args, **how_computed):
         """The config of a checkpoint's model_args; how_computed: dtype, attention, remat.
 
-        Raises UserError if the model_args are incomplete or of another model.
+        Raises UserError if the model_args are incomplete or from another model.
         """
         missing = sorted({'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size'}
-                         - model_args.keys())  # which nanoGPT forces on resume
+                         - model_args.keys())  # those that nanoGPT forces on resume
         if missing:
             raise UserError(f'the checkpoint lacks {", ".join(missing)} in its model_args: '
                             f'{model_args}')
@@ -85,7 +85,7 @@ class GPTConfig:
         return cls(**known, **how_computed)
 
 
-# nanoGPT's model_args, which checkpoints store: all fields but how the model is computed
+# nanoGPT's model_args, for checkpoints: all fields except those on how to compute
 GPT_ARGS = tuple(f.name for f in fields(GPTConfig) if f.name not in ('dtype', 'attention', 'remat'))
 
 
@@ -97,7 +97,7 @@ def model_args(config):
 # -----------------------------------------------------------------------------
 # the model
 
-# own layers instead of flax.nnx's: these compute in x's dtype with float32 parameters, and use the
+# our own layers instead of flax.nnx's: they compute in x's dtype from float32 parameters, with the
 # faster operations of nanogpt_jax/ops.py
 
 class Linear(nnx.Module):
@@ -140,7 +140,7 @@ class LayerNorm(nnx.Module):
         x = normalize(x.astype(jnp.float32)) * self.scale[...]
         if self.bias is not None:
             x = x + self.bias[...]
-        return x.astype(self.dtype)  # in which the next Linear computes
+        return x.astype(self.dtype)  # the next Linear's compute dtype
 
 
 class CausalSelfAttention(nnx.Module):
@@ -161,11 +161,11 @@ class CausalSelfAttention(nnx.Module):
                 for part in jnp.split(a, 3, axis=-1)]
 
     def to_heads(self, x, kernel='xla'):
-        """Queries, keys and values of x (B, T, C): (B, T, nh, hs) each, for an attention kernel."""
+        """Queries, keys and values of x (B, T, C) for an attention kernel: (B, T, nh, hs) each."""
         if kernel != 'splash':
             return self.split_heads(self.c_attn(x))
-        # a TPU spends 7% of a step on copies into this kernel's layout, unless the weights are
-        # reshaped in place of the activations
+        # reshape the weights, not the activations: otherwise a TPU spends 7% of a step on copies
+        # into this kernel's layout
         heads = [einsum('btc,cnh->btnh', x, w) for w in self.split_heads(self.c_attn.kernel[...])]
         if self.c_attn.bias is not None:
             biases = self.split_heads(self.c_attn.bias[...].astype(x.dtype))
@@ -173,7 +173,7 @@ class CausalSelfAttention(nnx.Module):
         return heads
 
     def from_heads(self, y, kernel='xla'):
-        """The output (B, T, C), from the heads' y (B, T, nh, hs)."""
+        """The output (B, T, C) from the heads' results y (B, T, nh, hs)."""
         if kernel != 'splash':
             return self.c_proj(y.reshape(*y.shape[:2], -1))
         nh, hs = y.shape[2:]
@@ -181,7 +181,7 @@ class CausalSelfAttention(nnx.Module):
         return y if self.c_proj.bias is None else y + self.c_proj.bias[...].astype(y.dtype)
 
     def __call__(self, x, rngs=None, cache=None):
-        # the fused kernels have neither dropout nor a cache
+        # the fused kernels support neither dropout nor a cache
         kernel = 'xla' if cache or self.attn_dropout.active else self.attention
         q, k, v = self.to_heads(x, kernel)  # (B, T, nh, hs)
         if cache:
@@ -218,7 +218,7 @@ class Block(nnx.Module):
     def __call__(self, x, rngs=None, cache=None):
         with jax.named_scope('attn'):  # so that profiles read like the code
             y = self.attn(self.ln_1(x), rngs, cache)
-            x = x[:, -y.shape[1]:] + y  # all T positions; the last alone in sampling.LastPosition
+            x = x[:, -y.shape[1]:] + y  # all T positions, or with sampling.LastPosition only one
         with jax.named_scope('mlp'):
             x = x + self.mlp(self.ln_2(x), rngs)
         return x
@@ -256,8 +256,8 @@ class GPT(nnx.Module):
     def hidden(self, idx, rngs=None, run_blocks=run_blocks, start=0, caches=None):
         """The transformer without its head: int (B, T) to (B, T, C) in the compute dtype.
 
-        start: position of the first token. caches: what each block attends with in place of
-        causal attention within idx, as sampling.Cache; None for a block that has none.
+        start: position of the first token. caches: for each block a cache, such as sampling.Cache,
+        that replaces causal attention within idx, or None.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -301,14 +301,14 @@ class GPT(nnx.Module):
 
         With targets, int (B, T): logits (B, T, vocab_size), and the mean loss over the targets that
         are not -1, a float32 scalar. Without: logits of the last position only, (B, 1, vocab_size),
-        and None. run_blocks: another way through the blocks, as sharding.scan_blocks.
+        and None. run_blocks: replaces the loop over the blocks, as sharding.scan_blocks does.
         """
         x = self.hidden(idx, rngs, run_blocks)
         if targets is None:
             return self.head(x[:, -1:]), None
         with jax.named_scope('head'):
             logits = self.head(x)
-            # a TPU subtracts their largest instead of waiting for that of all; unused elsewhere
+            # a TPU subtracts their maximum, without waiting for all logits; unused elsewhere
             some_logits = self.head(x, self.head_kernel()[:, :128])
             return logits, cross_entropy(logits, targets, some_logits)
 
@@ -328,8 +328,8 @@ class GPT(nnx.Module):
 
         model_type_or_path: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl' from the Hugging Face
         hub, or a folder with config.json and model.safetensors. override_args: dropout only.
-        Like nanoGPT it computes the exact GELU, though GPT-2 was trained with the tanh
-        approximation, and says so.
+        GPT-2 was trained with the tanh approximation of GELU. Like nanoGPT, the model computes
+        the exact GELU, and a printed line says so.
         """
         override_args = override_args or {}
         unknown = sorted(set(override_args) - {'dropout'})
@@ -386,8 +386,8 @@ def _torch_name(path):
 def load_torch_weights(model, weights):
     """Set all parameters of model from {nanoGPT state_dict name: array in torch's layout}.
 
-    lm_head.weight may be left out, and must equal transformer.wte.weight if given. Raises UserError
-    that lists every missing, extra or misshaped name, before anything is changed.
+    lm_head.weight is optional, and must equal transformer.wte.weight if given. If names are
+    missing, extra or misshaped, raises a UserError that lists all of them, and changes nothing.
     """
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     params = {_torch_name(path): (path, p) for path, p in flat}
@@ -405,7 +405,7 @@ def load_torch_weights(model, weights):
     if problems:
         raise UserError('these weights do not fit the model: ' + '; '.join(problems))
     for name, (path, p) in params.items():
-        w = np.array(weights[name], np.float32)  # a copy, whose memory device_put can use on a CPU
+        w = np.array(weights[name], np.float32)  # a copy: on a CPU device_put may use its memory
         p.set_value(jax.device_put(w.T if path[-1] == 'kernel' else w))
 
 

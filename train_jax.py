@@ -124,10 +124,10 @@ elif not eval_only and checkpoints.steps():
                     f'{checkpoints.steps()[-1]}): resume it with --init_from=resume, or choose '
                     'another --out_dir')
 utils.check_settings(config)
-if not eval_only: # fail early if something else has the name of a future checkpoint
+if not eval_only: # fail early if the name of a future checkpoint is taken
     checkpoints.check_free([*range(0, max_iters + 1, eval_interval), max_iters + 1])
 
-# how a global batch is split over the devices
+# split a global batch over the devices
 micro_batch_size = choose_micro_batch_size(batch_size, block_size, n_embd, devices[0].platform)
 layout = choose_layout(devices, gradient_accumulation_steps * batch_size, micro_batch_size, fsdp)
 mesh = layout.mesh
@@ -144,13 +144,13 @@ if compute_type != dtype:
 data_dir = data_dir_of(dataset)
 for split in ('train', 'val'):
     utils.count_tokens(data_dir, split, block_size) # fail early
-# vocabulary: a list of characters ([] if not known), the text of a tokenizer.json, or None, which
-# is GPT-2's BPE
+# vocabulary: a list of characters ([] if unknown), the text of a tokenizer.json, or None for
+# GPT-2's BPE
 meta_vocab_size, vocabulary = load_vocabulary(data_dir)
 if meta_vocab_size is not None:
     print(f'found vocab_size = {meta_vocab_size} (inside {find_vocabulary(data_dir)})')
 
-# optimizer: tx, as optax calls it. It applies get_lr by its own count of steps, which is iter_num
+# optimizer, which optax calls tx. Its own count of steps, which get_lr gets, equals iter_num
 get_lr = utils.create_learning_rate_schedule(
     learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_lr)
 tx = utils.create_optimizer(get_lr, weight_decay, (beta1, beta2), grad_clip)
@@ -190,7 +190,7 @@ if meta_vocab_size and meta_vocab_size > gptconf.vocab_size:
     raise UserError(f'{find_vocabulary(data_dir)} has {meta_vocab_size} tokens, the model only '
                     f'{gptconf.vocab_size}: use the data that it was trained on, or '
                     '--init_from=scratch')
-# save the shape that the model really has: pretrained weights set their own
+# save the model's actual shape: pretrained weights set their own
 config |= {name: getattr(gptconf, name) for name in GPT_ARGS if name in config}
 head_size = gptconf.n_embd // gptconf.n_head
 gptconf = replace(gptconf, dtype=compute_type, remat=remat,

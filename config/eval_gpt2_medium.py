@@ -1,6 +1,6 @@
 # validation loss of OpenAI's gpt2-medium (350M parameters), without training
 init_from = 'gpt2-medium'
 eval_only = True
-eval_iters = 500 # many, for a steady estimate
+eval_iters = 500 # more batches, less noise
 batch_size = 8
 wandb_log = False

@@ -1,12 +1,12 @@
 # reproduce GPT-2 (124M) on openwebtext; nanoGPT reports a loss near 2.85 after days on 8 A100s
-# one command uses every device of the machine:
+# this command uses all devices of the machine:
 # $ python train_jax.py config/train_gpt2.py
 
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
-# about half a million tokens per iteration, however many devices share them
+# about half a million tokens per iteration, on any number of devices
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -1,4 +1,4 @@
-# a first run: a tiny model of Python's own reference, for a CPU and no network
+# a first run: a tiny model of Python's language reference, on a CPU, without a network
 
 out_dir = 'out-pydoc'
 dataset = 'pydoc'
@@ -18,9 +18,9 @@ n_head = 4
 n_embd = 128
 dropout = 0.0
 
-learning_rate = 2e-3 # small models bear more than large ones
-min_lr = 2e-4 # a tenth of it
-beta2 = 0.99 # a longer memory, since an iteration sees few tokens
+learning_rate = 2e-3 # small models can take higher rates
+min_lr = 2e-4 # a tenth of learning_rate
+beta2 = 0.99 # a longer average, because an iteration has few tokens
 warmup_iters = 100
 max_iters = 2000
-lr_decay_iters = 2000 # where the run ends
+lr_decay_iters = 2000 # equal to max_iters

@@ -1,5 +1,5 @@
 # a small character-level model of shakespeare, sized for one GPU
-# (on a CPU take the sizes of train_pydoc.py)
+# (on a CPU, use the sizes of train_pydoc.py)
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
@@ -11,7 +11,7 @@ wandb_run_name = 'mini-gpt'
 eval_interval = 250
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False # it overfits in the end: keep only what improves the val loss
+always_save_checkpoint = False # it overfits late: save only improvements of the val loss
 
 gradient_accumulation_steps = 1
 batch_size = 64
@@ -22,9 +22,9 @@ n_head = 6
 n_embd = 384
 dropout = 0.2 # the model is large for so little text
 
-learning_rate = 1e-3 # small models bear more than large ones
-min_lr = 1e-4 # a tenth of it
-beta2 = 0.99 # a longer memory, since an iteration sees few tokens
+learning_rate = 1e-3 # small models can take higher rates
+min_lr = 1e-4 # a tenth of learning_rate
+beta2 = 0.99 # a longer average, because an iteration has few tokens
 warmup_iters = 100
 max_iters = 5000
-lr_decay_iters = 5000 # where the run ends
+lr_decay_iters = 5000 # equal to max_iters

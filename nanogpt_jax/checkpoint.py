@@ -1,11 +1,10 @@
 """
-Checkpoints: out_dir/<iter_num>/ with the items params, optimizer (its state and the loss scale) and
-meta (JSON, with a checksum of each array), written by Orbax in the background and renamed into
-place once complete (in a bucket: marked as complete). They hold arrays and JSON only, so reading
-one runs no code.
+Checkpoints in out_dir/<iter_num>/, each with three items: params, optimizer (its state and the loss
+scale) and meta (JSON, with a checksum of each array).
 
-A folder is a checkpoint of ours if its meta/metadata says so; no other is counted, renamed or
-deleted.
+Orbax writes one in the background and renames it into place when it is complete; in a bucket it
+writes a marker last. Checkpoints hold only arrays and JSON, so reading one runs no code. A folder
+counts as ours if its meta/metadata says so. Other folders are never counted, renamed or deleted.
 """
 
 import asyncio
@@ -37,11 +36,11 @@ from nanogpt_jax.errors import UserError
 from nanogpt_jax.run_dir import check_out_dir, join
 
 ARRAYS = 'params', 'optimizer'  # the items with arrays
-VAL_LOSS = 'val_loss.json'  # losses that were measured after the checkpoint was saved
-UNFINISHED = 'unfinished.json'  # names the folders that a save is writing or deleting
+VAL_LOSS = 'val_loss.json'  # losses measured after the checkpoint was saved
+UNFINISHED = 'unfinished.json'  # lists the folders that a save is writing or deleting
 MEASURE = 'dataset', 'block_size', 'batch_size', 'eval_iters'  # settings of an evaluation
 ITERATION = '0|[1-9][0-9]*'
-TRIAL = 'save-test'  # the folder of a checkpoint of a few bytes
+TRIAL = 'save-test'  # the folder of a checkpoint with a few bytes
 BAD_JSON = ValueError, RecursionError, TypeError, KeyError
 
 
@@ -51,18 +50,17 @@ def should_save(val_loss, best_val_loss, always_save_checkpoint):
 
 
 def should_keep(iter_num, latest, best):
-    """Whether to keep a checkpoint once a later one is complete.
+    """Whether to keep a checkpoint when a newer one is complete.
 
-    best: the iterations with the lowest validation loss, one for each way to measure it.
+    best: the iterations with the lowest validation loss, one for each set of MEASURE settings.
     """
     return iter_num == latest or iter_num in best
 
 
 def quiet_orbax():
-    """For scripts: hide what Orbax logs at length and raises as well.
+    """For scripts: hide the long logs of errors that Orbax also raises.
 
-    When one of its reads or writes fails, those of its other threads complain in dozens of lines
-    that nobody waited for them.
+    When one of its threads fails, the others log dozens of lines about results that nobody awaited.
     """
     for logger in ('absl', 'asyncio'):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
@@ -82,9 +80,9 @@ def quiet_orbax():
 def checksum(a):
     """The sum, modulo 2**32, of a hash of each word of an array and its position.
 
-    The same however the array is sharded; each device reads its own shard only. A change of one
-    word always changes it, since the hash is invertible; of other damage it misses one in 2**32,
-    like a CRC.
+    It does not depend on the sharding, and each device reads only its own shard. The hash is
+    invertible, so a change of one word always changes the sum. Like a CRC, it misses other damage
+    with a probability of 2**-32.
     """
     position = jnp.uint32(0)
     for dim in range(a.ndim):
@@ -98,22 +96,21 @@ def checksum(a):
 
 
 def checksums_of(tree):
-    # one at a time: programs that do not depend on each other but communicate, started together,
-    # can wait for each other for ever on CPU devices that share few threads
+    # one at a time: CPU devices share threads, so several programs that communicate can deadlock
     return [int(checksum(a)) for a in jax.tree.leaves(tree)]
 
 
 def seal(values):
-    """values, a dict for a JSON file, with a checksum that read_sealed looks at."""
+    """values, a dict for a JSON file, with a checksum that read_sealed verifies."""
     return values | {'crc32': zlib.crc32(json.dumps(values, sort_keys=True).encode())}
 
 
 def read_sealed(path):
-    """The dict of a JSON file; None if it is not a sealed one. Raises OSError, and one of BAD_JSON
-    if it is damaged."""
+    """The dict of a JSON file; None if it was not sealed. Raises OSError, or one of BAD_JSON if the
+    file is damaged."""
     with run_dir.open_file(path, 'rb') as f:
         text = f.read()
-    values = json.loads(text)  # outside, where in a bucket every error is one of reaching it
+    values = json.loads(text)  # not inside open_file: in a bucket it reports all errors as its own
     if not isinstance(values, dict) or 'crc32' not in values:
         return None
     crc32 = values.pop('crc32')
@@ -123,13 +120,13 @@ def read_sealed(path):
 
 
 def restore(folder, item, tree):
-    """An item's arrays. tree: of jax.ShapeDtypeStruct with shardings. Raises any error."""
+    """An item's arrays. tree: of jax.ShapeDtypeStruct with shardings."""
     return ocp.StandardCheckpointHandler().restore(
         epath.Path(run_dir.absolute(folder)) / item, args=ocp.args.StandardRestore(tree))
 
 
 # -----------------------------------------------------------------------------
-# what a folder holds
+# the contents of a folder
 
 class Loaded(NamedTuple):
     step: int
@@ -138,35 +135,35 @@ class Loaded(NamedTuple):
 
 
 def read_meta(folder):
-    """A checkpoint's meta; as text what is wrong with it; None if this project has not written it.
+    """A checkpoint's meta, a message if it is damaged, or None if this project did not write it.
 
-    Raises OSError for what says nothing about its content.
+    Raises OSError if it cannot be read.
     """
     try:
         return read_sealed(join(folder, 'meta', 'metadata'))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except BAD_JSON as e:  # only the items' names are left to tell whose it is
+    except BAD_JSON as e:  # then the names of the items show whether it is ours
         ours = all(run_dir.is_dir(join(folder, item)) for item in ARRAYS)
         return damaged(folder, e) if ours else None
 
 
 def numbered(out_dir):
-    """The names of iterations in a folder, ascending, whoever has written them."""
+    """The folders whose names are iterations, ascending, whoever wrote them."""
     names = run_dir.listdir(out_dir) if run_dir.is_dir(out_dir) else []
     return sorted((name for name in names if re.fullmatch(ITERATION, name)), key=int)
 
 
 def find_checkpoints(out_dir):
-    """{iteration: what read_meta says} of what this project wrote, ascending.
+    """{iteration: result of read_meta} of this project's checkpoints, ascending.
 
-    Raises UserError if it cannot be read.
+    Raises UserError if one cannot be read.
     """
     try:
         names = None
-        while names != (names := numbered(out_dir)):  # a run beside may replace one meanwhile
+        while names != (names := numbered(out_dir)):  # a run may replace one meanwhile
             found = {int(name): read_meta(join(out_dir, name)) for name in names
-                     # no rename is atomic in a bucket: a marker is written last
+                     # in a bucket a marker is written last, since renames are not atomic
                      if not run_dir.is_remote(out_dir)
                      or ocp.utils.is_checkpoint_finalized(join(out_dir, name))}
     except OSError as e:
@@ -175,17 +172,17 @@ def find_checkpoints(out_dir):
 
 
 def steps_on_disk(out_dir):
-    """The iterations that a folder has checkpoints of, ascending, valid or not."""
+    """The iterations of the checkpoints in a folder, ascending, valid or not."""
     return [*find_checkpoints(out_dir)]
 
 
 def measure(config):
-    """What a validation loss depends on beside the weights; only equal ones can be compared."""
+    """The settings behind a validation loss, as text. Losses are comparable only if it is equal."""
     return ', '.join(f'{name}={config.get(name)}' for name in MEASURE)
 
 
 def read_val_losses(folder):
-    """What record_val_loss has written to a checkpoint: {measure(config): val_loss}."""
+    """The losses that record_val_loss added to a checkpoint: {measure(config): val_loss}."""
     try:
         return read_sealed(join(folder, VAL_LOSS))['measured']
     except (FileNotFoundError, *BAD_JSON):
@@ -195,7 +192,7 @@ def read_val_losses(folder):
 
 
 def split_items(state):
-    """A training state as the items of a checkpoint that hold arrays: parameters, and all else."""
+    """A training state as the items of a checkpoint: the parameters, and everything else."""
     rest = {k: v for k, v in state.items() if k != 'params'}
     return {'params': state['params']} | ({'optimizer': rest} if rest else {})
 
@@ -209,16 +206,16 @@ def shapes_of(tree):
 # -----------------------------------------------------------------------------
 # errors
 
-ABOUT_MEMORY = MemoryError, jax.errors.JaxRuntimeError  # the scripts have an advice for these
+ABOUT_MEMORY = MemoryError, jax.errors.JaxRuntimeError  # the scripts give advice for these
 
-# of the status that TensorStore's errors begin with; the others tell that files are not as written
+# TensorStore's errors begin with a status; any other than these means that files have changed
 NOT_DAMAGE = ('UNKNOWN', 'PERMISSION_DENIED', 'UNAVAILABLE', 'RESOURCE_EXHAUSTED', 'INTERNAL',
               'DEADLINE_EXCEEDED', 'UNAUTHENTICATED', 'ABORTED', 'CANCELLED')
 
 
 def is_damage(error):
-    """Whether an error tells that a checkpoint is not what was saved; permissions, I/O and memory
-    say nothing about that."""
+    """Whether an error means that a checkpoint has changed since it was saved. Errors of
+    permissions, I/O and memory do not."""
     while error:
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
             return True
@@ -229,15 +226,15 @@ def is_damage(error):
 
 
 def check_reachable(folder):
-    """Raise OSError if a file in a folder cannot be reached: Orbax would call it missing, which is
-    damage."""
+    """Raise OSError if a file in a folder cannot be reached. Orbax would report it as missing,
+    which counts as damage."""
     for entry in os.scandir(folder):
         if stat.S_ISDIR(entry.stat().st_mode):
             check_reachable(entry.path)
 
 
 def one_line(error):
-    """An error's type and text; of a long text the ends, as the cause is at one of them."""
+    """An error's type and text. A long text is cut in the middle: the cause is at one end."""
     text = f'{type(error).__name__}: ' + ' '.join(str(error).split())
     return text if len(text) < 300 else f'{text[:150]} ... {text[-150:]}'
 
@@ -250,7 +247,7 @@ def damaged(folder, error):
 # several processes
 
 def gather(value):
-    """A value that JSON can hold of each process, on all processes."""
+    """The values of all processes, on all processes. value: anything that JSON can hold."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -260,8 +257,8 @@ def gather(value):
 
 
 def by_process_0(method):
-    """A method that process 0 runs for all: they return its value, which JSON can hold, or raise
-    its UserError."""
+    """Run a method on process 0 only. All processes return its value, which JSON must hold, or
+    raise its UserError."""
     @functools.wraps(method)
     def shared(self, *args):
         value = error = None
@@ -280,18 +277,18 @@ def by_process_0(method):
 # -----------------------------------------------------------------------------
 
 class Checkpoints:
-    """The checkpoints of a run. should_keep says which ones are kept.
+    """The checkpoints of a run; should_keep decides which ones stay.
 
-    As a context manager it waits for the save in the background at the end. A writer proves by a
-    few bytes that it can save, and removes what a killed save has left; all processes open it.
-    read_only: for a reader beside a run; raises UserError if there is no checkpoint.
+    As a context manager it waits at the end for the save in the background. All processes of a run
+    open it. A writer first saves a few bytes, to fail early, and removes what a killed save left.
+    read_only: only read, maybe while a run writes. Raises UserError if there is no checkpoint.
     """
 
     def __init__(self, out_dir, read_only=False):
         check_out_dir(out_dir, must_exist=read_only)
         self.out_dir, self.is_writer = out_dir, not read_only and jax.process_index() == 0
         self.blocked, self.saves = 0.0, 0  # seconds spent in save(), and number of calls
-        self.damaged = {}  # {iteration: what is wrong}; they are renamed before the next save
+        self.damaged = {}  # {iteration: message}; the next save renames them
         self.saving = None  # the iteration of a save, and its concurrent.futures.Future
         self.orbax = None
         if not read_only:
@@ -304,7 +301,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, traceback):
-        # when another process has died, waiting for it would take until the heartbeat timeout
+        # if another process has died, waiting would take until the heartbeat timeout
         if kind is None or issubclass(kind, UserError) or not jax.distributed.is_initialized():
             self.close()
 
@@ -318,10 +315,10 @@ class Checkpoints:
     # writing
 
     def _open_for_writing(self):
-        # orbax looks for what its processes have written by a glob of the whole path; without
-        # ocdbt nothing is to be found, and each array has files of its own
+        # with ocdbt orbax searches for files by a glob of the whole path, which a [, * or ? in a
+        # name breaks; without it each array has its own files
         path = run_dir.absolute(self.out_dir)
-        # zstd takes most of a save's processor time, and makes it a few percent smaller
+        # zstd takes most of a save's processor time and saves a few percent of space
         handler = ocp.PyTreeCheckpointHandler(
             use_compression=False, use_ocdbt=glob.escape(str(path)) == str(path))
         self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(
@@ -336,20 +333,20 @@ class Checkpoints:
             self._try_to_save()
         except (UserError, *ABOUT_MEMORY):
             raise
-        except Exception as e:  # errors of the file system arrive as many types
+        except Exception as e:  # file systems raise many types
             raise UserError(f'cannot save to {self.out_dir}: {one_line(e)}; choose another '
                             '--out_dir') from e
 
     def _try_to_save(self):
-        """Save a few bytes of each process, read them in all, and delete them."""
+        """Save a few bytes from each process, read them back on all, and delete them."""
         devices = [*{d.process_index: d for d in reversed(jax.devices())}.values()]
         mesh, values = Mesh(np.array(devices), 'all'), np.arange(len(devices), dtype=np.int32)
         split, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ('all', None))
         array = jax.make_array_from_callback(values.shape, split, lambda index: values[index])
         path = join(run_dir.absolute(self.out_dir), TRIAL)
         self._note([TRIAL])
-        gather(None)  # now process 0 has written it
-        # orbax would wait for ever
+        gather(None)  # wait until process 0 has written it
+        # without this check orbax would wait forever
         if False in (seen := gather(run_dir.exists(join(self.out_dir, UNFINISHED)))):
             raise UserError(f'process {seen.index(False)} does not see what process 0 writes to '
                             f'{self.out_dir}: give all processes one folder that they share')
@@ -358,14 +355,14 @@ class Checkpoints:
         read = restore(path, 'params', {'a': jax.ShapeDtypeStruct(
             values.shape, values.dtype, sharding=whole)})['a']
         if not np.array_equal(read.addressable_data(0), values):
-            raise OSError('what is read back is not what was written')
+            raise OSError('the data read back differs from the data written')
         multihost_utils.sync_global_devices('all have read')
         if self.is_writer:
             run_dir.remove_tree(path)
         self._note([])
 
     def _note(self, names):
-        """Record which folders are being written or deleted, for _remove_unfinished."""
+        """Record which folders are being written or deleted. _remove_unfinished reads this."""
         path = join(self.out_dir, UNFINISHED)
         if self.is_writer and names:
             with run_dir.open_file(path, 'w') as f:
@@ -374,13 +371,13 @@ class Checkpoints:
             run_dir.remove_tree(path)
 
     def _remove_unfinished(self):
-        """Delete what a killed save has left."""
+        """Delete what a killed save left behind."""
         try:
             names = read_sealed(join(self.out_dir, UNFINISHED))['names']
         except FileNotFoundError:
             return
         except BAD_JSON:  # cut off by a crash
-            names = []
+            names = [TRIAL]
         for name in {*map(str, names)} - {*map(str, self.steps())}:
             if re.fullmatch(f'{TRIAL}|{ITERATION}', name):  # the file may come from elsewhere
                 for left in (self.folder(name), self.folder(name + ocp.utils.TMP_DIR_SUFFIX)):
@@ -395,21 +392,19 @@ class Checkpoints:
 
     @by_process_0
     def check_free(self, iterations):
-        """Raise UserError if something else has the name of an iteration's folder, from the latest
-        checkpoint on."""
-        first = max(self._intact(), default=0)  # others before it do not matter
+        """Raise UserError if a folder that is not ours has the name of a later checkpoint."""
+        first = max(self._intact(), default=0)
         for name in {*map(int, numbered(self.out_dir))} - {*self.steps()}:
             if name >= first and name in iterations:
-                raise UserError(f'iteration {name} could not be saved, since {self.folder(name)} '
-                                'was not written by this project: move it, or choose another '
-                                '--out_dir')
+                raise UserError(f'cannot save iteration {name}: {self.folder(name)} exists and was '
+                                'not written by this project; move it, or choose another --out_dir')
 
     def save(self, state, meta, val_loss=None):
-        """Save a training state; waits for checksums and the copy off the device.
+        """Start to save a training state; blocks until it is copied off the device.
 
         meta: iter_num, best_val_loss, model_args, config, chars (the vocabulary). val_loss: the
-        validation loss at this iteration, if evaluated; the checkpoint can then be the best. Raises
-        UserError if the save before has failed, or if this iteration or a later one is there.
+        validation loss at this iteration; without it the checkpoint cannot become the best. Raises
+        UserError if the last save failed, or if this iteration or a later one exists.
         """
         t0, step = time.perf_counter(), meta['iter_num']
         self._finish()
@@ -421,45 +416,48 @@ class Checkpoints:
         try:
             if self.is_writer:
                 self._make_room(step)
-            self.damaged.clear()  # their numbers are free again
+            self.damaged.clear()  # they are renamed
             self._note([step])
             self._write(run_dir.absolute(self.folder(step)), meta, arrays)
         except UserError:
             raise
-        except Exception as e:  # errors of the file system arrive as many types
+        except Exception as e:  # file systems raise many types
             raise self._failed(e) from e
         self.saving = step, self.background.submit(self._complete, step, meta)
         self.blocked, self.saves = self.blocked + time.perf_counter() - t0, self.saves + 1
 
     def _make_room(self, step):
-        """Rename damaged checkpoints to damaged-<iter_num>-<time>. Raises UserError if there is
-        something else with the name of `step`, or a later checkpoint."""
+        """Rename damaged checkpoints to damaged-<iter_num>-<time>. Raises UserError if the folder
+        of `step`, or a later checkpoint, exists."""
         for name in self.damaged.keys() & {*self.steps()}:
             run_dir.replace(self.folder(name),
                             join(self.out_dir, f'damaged-{name}-{time.time_ns()}'))
-        later = [s for s in self.steps() if s > step]
-        if later or run_dir.exists(self.folder(step)):
-            raise UserError(f'{self.folder(max(later, default=step))} is there already, so '
-                            f'iteration {step} was not saved: choose another --out_dir')
+        taken = [self.folder(s) for s in self.steps() if s > step]
+        # orbax would delete the second; one of ours was removed at the start
+        taken += filter(run_dir.exists,
+                        map(self.folder, [step, f'{step}{ocp.utils.TMP_DIR_SUFFIX}']))
+        if taken:
+            raise UserError(f'{taken[0]} already exists, so iteration {step} was not saved; '
+                            'choose another --out_dir')
 
     def _complete(self, step, meta):
-        """In the background: wait for a save, read it back, and delete what is no longer kept."""
+        """In the background: wait for a save, read it back, then delete old checkpoints."""
         self.orbax.wait_until_finished()
         if not self.is_writer:
             return
         folder = self.folder(step)
         found = read_meta(folder)
         if not isinstance(found, dict) or seal(found)['crc32'] != meta['crc32']:
-            raise OSError('its meta is not what was written')
+            raise OSError('its meta differs from what was written')
         for item, shapes in meta['shapes'].items():
             saved = shapes_of(ocp.StandardCheckpointHandler().metadata(
                 epath.Path(run_dir.absolute(folder)) / item).tree)
             if saved != shapes:
-                raise OSError(f'its {item} are not what was written')
+                raise OSError(f'its {item} differ from what was written')
         self._delete_old()
 
-    # orbax's own policies of retention take every folder with a number for a checkpoint, and delete
-    # before the new one was read back
+    # orbax's own retention counts every numbered folder as a checkpoint, and deletes before the new
+    # one is read back
     def _delete_old(self):
         metas = self._intact()
         best = {step for _, step in self._best(metas).values()}
@@ -469,22 +467,22 @@ class Checkpoints:
             self._note(old)
         for step in old:
             try:
-                # first what tells a reader that it is a checkpoint
+                # the meta first: without it no reader takes the folder for a checkpoint
                 run_dir.remove_tree(join(self.folder(step), 'meta', 'metadata'))
                 run_dir.remove_tree(self.folder(step))
-            except OSError as e:  # NFS, for one, keeps a folder whose files somebody reads
+            except OSError as e:  # NFS keeps files that somebody reads
                 print(f'WARNING: cannot delete {self.folder(step)} ({e}); training continues')
         self._note([])
 
     def record_val_loss(self, step, val_loss, config):
-        """Add to a checkpoint a validation loss that was measured later, by a run with `config`."""
+        """Add to a checkpoint a validation loss that a run with `config` measured later."""
         if self.is_writer:
             measured = read_val_losses(self.folder(step)) | {measure(config): val_loss}
             with run_dir.open_file(join(self.folder(step), VAL_LOSS), 'w') as f:
                 json.dump(seal({'measured': measured}), f)
 
     def check(self):
-        """Raise UserError if the save in the background has failed."""
+        """Raise UserError if the save in the background failed."""
         if self.saving and self.saving[1].done():
             self._finish()
 
@@ -506,19 +504,19 @@ class Checkpoints:
                          + self.describe_valid())
 
     def describe_valid(self):
-        """Which checkpoint a failed run can be resumed from, as text; waits for the last save."""
+        """Wait for the last save; return as text which checkpoint a failed run can resume from."""
         with contextlib.suppress(UserError):
             self._finish()
         with contextlib.suppress(UserError):
             if valid := self._intact():
-                return f'checkpoint {max(valid)} is complete and can be resumed from'
+                return f'checkpoint {max(valid)} is complete; you can resume from it'
         return 'no checkpoint was saved yet'
 
     # -------------------------------------------------------------------------
     # reading
 
     def _intact(self):
-        """{iteration: meta} of those that are not known to be damaged; warns of new ones."""
+        """{iteration: meta} of the checkpoints not known to be damaged. Warns of new damage."""
         found = find_checkpoints(self.out_dir)
         for step, meta in found.items():
             if isinstance(meta, str) and step not in self.damaged:
@@ -527,10 +525,10 @@ class Checkpoints:
 
     def _give_up_on(self, step, text):
         self.damaged[step] = text
-        print(f'WARNING: {text}; it is not used')
+        print(f'WARNING: {text}; ignoring it')
 
     def _best(self, metas):
-        """{what it was measured with: (lowest validation loss, its iteration)}."""
+        """{measure(config): (lowest validation loss, its iteration)}."""
         measured = [
             (how, val_loss, step) for step, meta in metas.items()
             for how, val_loss in [(measure(meta['config']), meta['val_loss']),
@@ -540,29 +538,29 @@ class Checkpoints:
 
     @by_process_0
     def best_val_loss(self, config):
-        """The lowest validation loss that was measured as config measures, else 1e9. A line tells
-        if the latest checkpoint was measured otherwise."""
+        """The lowest validation loss that was measured with config's settings, or 1e9. Prints a
+        line if the latest checkpoint was measured with other settings."""
         metas, how = self._intact(), measure(config)
         alike = [meta['best_val_loss'] for meta in metas.values() if measure(meta['config']) == how]
         alike += [val_loss for other, (val_loss, _) in self._best(metas).items() if other == how]
         latest = metas[max(metas)]['config'] if metas else config
         if changed := [name for name in MEASURE if latest.get(name) != config.get(name)]:
-            best = 'is that of the checkpoints with this one' if alike else 'starts anew'
-            print(f'the latest validation loss was measured with another {", ".join(changed)}: the '
-                  f'best {best}')
+            best = 'is from an earlier checkpoint with this one' if alike else 'starts anew'
+            print(f'the latest checkpoint was evaluated with another {", ".join(changed)}; '
+                  f'the best validation loss {best}')
         return min([*alike, 1e9])
 
     def latest_meta(self):
-        """(iteration, meta) of the latest checkpoint whose meta is intact, on all processes; its
-        arrays are checked when they are read. Raises UserError if there is none."""
+        """(iteration, meta) of the latest checkpoint with an intact meta, the same on all
+        processes. Loading it checks its arrays. Raises UserError if there is none."""
         return self._choose('latest')
 
     @by_process_0
     def _choose(self, checkpoint):
-        """(iteration, meta) of 'latest', 'best', a number or 'auto', among those not known to be
-        damaged.
+        """(iteration, meta) of the checkpoint 'latest', 'best', 'auto' or a number, if it is not
+        known to be damaged.
 
-        auto is the best if the run saved improvements only (as nanoGPT's single file would be),
+        'auto' is the best if the run saved only improvements, as nanoGPT's single file would be,
         else the latest. Raises UserError if there is none.
         """
         metas = self._intact()
@@ -583,18 +581,18 @@ class Checkpoints:
         return step, metas[step]
 
     def load(self, checkpoint, abstract_of):
-        """The first of a checkpoint's candidates that is intact, as Loaded(step, meta, state), the
-        same on all processes.
+        """Load a checkpoint as Loaded(step, meta, state), the same on all processes. If it is
+        damaged, warn and load the one before.
 
-        abstract_of: from meta to a training state as a tree of jax.ShapeDtypeStruct with shardings,
-        or to its params only: {'params': ...}. The number of devices that wrote it does not matter.
-        Warns of damaged checkpoints. Raises UserError if none is intact, if it is of another model,
-        and for errors that say nothing about what was saved.
+        abstract_of: maps meta to the training state to load, a tree of jax.ShapeDtypeStruct with
+        shardings, or to its params only: {'params': ...}. Other devices may have written it.
+        Raises UserError if no checkpoint is intact, if another model wrote it, or if it cannot be
+        read.
         """
         while True:
             step, meta = self._choose(checkpoint)
             wanted = split_items(abstract_of(meta))
-            self._check_shapes(wanted, meta.get('shapes', {}))
+            self._check_shapes(wanted, meta['shapes'])
             arrays = self._read(step, wanted, meta['checksums'])
             if arrays:
                 state = {'params': arrays['params'], **arrays.get('optimizer', {})}
@@ -603,10 +601,9 @@ class Checkpoints:
                 checkpoint = str(step)  # which raises its error: not the second best
 
     def _check_shapes(self, wanted, saved):
-        """saved: {item: {name: shape}}, empty for old checkpoints."""
+        """saved: {item: {name: shape}}."""
         for item, tree in wanted.items():
-            here = shapes_of(tree)
-            there = saved.get(item, here)
+            here, there = shapes_of(tree), saved.get(item, {})
             if changed := sorted(name for name in here.keys() | there.keys()
                                  if here.get(name) != there.get(name)):
                 name, other = changed[0], 'model' if item == 'params' else 'optimizer'
@@ -619,10 +616,9 @@ class Checkpoints:
     def _is_there(self, step):
         return step in self.steps()
 
-    # orbax's handlers are called without its checkpointer, whose restore() waits for all processes
-    # even if one of them has failed
+    # not by orbax's checkpointer: its restore() waits for all processes, even if one has failed
     def _read(self, step, wanted, checksums):
-        """{item: arrays}; None if they are damaged, or if a run beside has replaced them."""
+        """{item: arrays}; None if they are damaged, or if a run has replaced them meanwhile."""
         folder, arrays, text = self.folder(step), {}, ''
         try:
             if not run_dir.is_remote(folder):
@@ -640,7 +636,7 @@ class Checkpoints:
             changed = [item for item in arrays if checksums_of(arrays[item]) != checksums[item]]
             if not changed:
                 return arrays
-            text = damaged(folder, ValueError(f'its {changed[0]} are not what was saved'))
-        if self._is_there(step):  # else a run beside has deleted it
+            text = damaged(folder, ValueError(f'its {changed[0]} differ from what was saved'))
+        if self._is_there(step):  # else a run has deleted it
             self._give_up_on(step, text)
         return None

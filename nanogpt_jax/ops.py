@@ -1,7 +1,7 @@
 """
-Operations of the model whose plain form is slow or takes too much memory; BENCHMARKS.md has the
-figures. All are plain JAX for any device, except cuDNN's attention kernel for NVIDIA GPUs.
-Gradients are set with custom_vjp, so forward mode (jax.jvp) does not work through them.
+Forms of the model's operations that are faster or take less memory than the plain ones;
+docs/benchmarks-appendix.md has the figures. All run on any device, except the attention kernels of
+cuDNN (NVIDIA GPUs) and Pallas (TPUs). They use custom_vjp, so forward mode (jax.jvp) fails.
 """
 
 from functools import partial
@@ -27,8 +27,8 @@ def _matmul_forward(x, w):
 
 
 def _matmul_backward(saved, g):
-    # on 2-D operands: otherwise XLA's CPU compiler transposes x for the gradient of w, and computes
-    # the elementwise operations that made x a second time there, with strided access
+    # 2-D operands: otherwise XLA's CPU compiler transposes x for the gradient of w, and there
+    # recomputes the elementwise operations that produced x, with strided access
     x, w = saved
     x2d, g2d = (a.reshape(-1, a.shape[-1]) for a in (x, g))
     grad_w = lax.dot_general(x2d, g2d, (((0,), (0,)), ((), ())), preferred_element_type=w.dtype)
@@ -40,7 +40,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(axes, x, w):
-    """jnp.einsum(axes, x, w) as matmul: in x's dtype, and the gradient of w in w's own."""
+    """jnp.einsum(axes, x, w), like matmul: in x's dtype, and the gradient of w in w's dtype."""
     return jnp.einsum(axes, x, w.astype(x.dtype))
 
 
@@ -65,7 +65,7 @@ def normalize(x):
 
 
 def _normalize_forward(x):
-    # the mean of squares minus the square of the mean is faster, but loses digits of large means
+    # the mean of squares minus the squared mean is faster, but loses digits if the mean is large
     mean = x.mean(-1, keepdims=True)
     # torch's epsilon; flax's default is 1e-6
     rstd = lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-5)
@@ -73,7 +73,7 @@ def _normalize_forward(x):
 
 
 def _normalize_backward(saved, g):
-    # both sums over g at once, which a TPU takes as it makes g
+    # written so that a TPU takes both sums over g in one pass, as it computes g
     x, mean, rstd = saved
     y = (x - mean) * rstd
     slope = (g * y).mean(-1, keepdims=True)
@@ -87,14 +87,14 @@ normalize.defvjp(_normalize_forward, _normalize_backward)
 def gelu(x):
     """The exact GELU, x times the normal CDF at x, in x's dtype.
 
-    Computed in float32 by erf, as in torch; jax.nn.gelu's exact form is computed by erfc,
-    which takes three times as long on a CPU.
+    Uses erf in float32, as torch does. jax.nn.gelu's exact form uses erfc, which takes three
+    times as long on a CPU.
     """
     return _gelu_forward(x)[0]
 
 
 def _gelu_forward(x):
-    # the derivative is saved for the backward pass instead of x, so erf is not computed twice
+    # save the derivative for the backward pass instead of x, so that erf is computed only once
     h = x.astype(jnp.float32)
     cdf = 0.5 + 0.5 * lax.erf(h * np.float32(0.5 ** 0.5))
     pdf = jnp.exp(-0.5 * h * h) * np.float32((2 * np.pi) ** -0.5)
@@ -102,7 +102,7 @@ def _gelu_forward(x):
 
 
 def _gelu_backward(derivative, g):
-    # in a loop over the blocks a TPU would transpose it, and for that a copy of the derivative
+    # otherwise, in a loop over the blocks, a TPU transposes the product and copies the derivative
     return with_layout_constraint(derivative * g, Layout(tuple(range(g.ndim)))),
 
 
@@ -110,7 +110,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def random_bits(key, shape, t=0):
-    """uint32 random bits of a shape: a hash of each element's index, a jax.random key and t.
+    """uint32 random bits of this shape: a hash of each element's index, a jax.random key and t.
 
     t: int, added to the key. The hash is MurmurHash3's finalizer
     (https://github.com/aappleby/smhasher, public domain), applied once for each half of the key.
@@ -157,8 +157,8 @@ def causal_attention(q, k, v, drop=lambda att: att):
     (B, nh, queries, keys).
     """
     B, T, nh, hs = q.shape
-    # up to four parts of the queries, each with only the keys that it can see: this skips 3/8 of
-    # the work, all of it masked. Parts of fewer than 32 queries gain nothing and compile longer
+    # split the queries into up to four parts, each with only the keys that it can see. This skips
+    # 3/8 of the work, all masked. Parts below 32 queries gain nothing and take longer to compile
     size = max(32, -(-T // 4))
     parts = []
     for start in range(0, T, size):
@@ -172,26 +172,25 @@ def causal_attention(q, k, v, drop=lambda att: att):
 
 
 def splash_attention(q, k, v, interpret=False):
-    """causal_attention without dropout as JAX's Pallas kernel for TPUs, which stores no (T, T)
-    scores.
+    """causal_attention without dropout, by JAX's Pallas kernel for TPUs; stores no (T, T) scores.
 
     The scale is applied to q, in q's dtype; scores and softmax are float32. interpret: run the
-    kernel by Pallas' interpreter, on any device.
+    kernel in Pallas's interpreter, on any device.
     """
-    # imported here: it takes a third of a second, and only TPUs need it
+    # imported here because it takes a third of a second, and only TPUs need it
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes, CausalMask, MultiHeadMask, QKVLayout, make_splash_mha,
     )
     T, nh, hs = q.shape[1:]
     q = (q.astype(jnp.float32) * hs ** -0.5).astype(q.dtype)  # exact where hs is a power of 4
-    # the kernel takes multiples of 128; keys and values added at the end are seen by no query
+    # the kernel needs multiples of 128; no real query sees the keys and values added at the end
     padding = (0, 0), (0, -T % 128), (0, 0), (0, 0)
     q, k, v = (jnp.pad(a, padding).swapaxes(1, 2) for a in (q, k, v))  # (B, nh, T, hs)
     L = q.shape[2]
-    # the sizes of the fewest cycles on a v5e at 1024 tokens. Backward a smaller block of keys would
-    # skip more of the masked scores, but each writes a part of q's gradient, to be added later
+    # block sizes with the fewest cycles on a v5e at 1024 tokens. In the backward pass, smaller
+    # blocks of keys would skip more masked scores, but each writes a part of q's gradient
     block, rows = (max(n for n in range(128, size + 1, 128) if L % n == 0) for size in (512, 1024))
-    seq_minor = QKVLayout.SEQ_MINOR  # a head size below 128 would be padded in memory as the last
+    seq_minor = QKVLayout.SEQ_MINOR  # as the last axis, a head size below 128 is padded
     sizes = BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=rows, block_kv_dkv=rows,
         use_fused_bwd_kernel=True, q_layout=seq_minor, k_layout=seq_minor, v_layout=seq_minor)
@@ -202,7 +201,7 @@ def splash_attention(q, k, v, interpret=False):
 
 
 def fused_attention(q, k, v):
-    """causal_attention without dropout as cuDNN's fused kernel, which stores no (T, T) scores.
+    """causal_attention without dropout, by cuDNN's fused kernel; stores no (T, T) scores.
 
     bfloat16 or float16 on NVIDIA GPUs.
     """
@@ -213,8 +212,8 @@ def fused_attention(q, k, v):
 def cross_entropy(logits, targets, some_logits=None):
     """Mean negative log-likelihood, a float32 scalar, over the targets that are not -1.
 
-    logits (..., V) of any float dtype, targets int (...), some_logits (..., n): those of a few
-    classes, computed apart, with which a TPU is faster. nan if every target is -1, as in torch.
+    logits (..., V) of any float dtype, targets int (...). some_logits (..., n): logits of a few
+    classes, computed apart, to speed up a TPU. nan if every target is -1, as in torch.
     """
     return _cross_entropy_forward(logits, targets, some_logits)[0]
 
@@ -225,17 +224,19 @@ def logsumexp(logits, some_logits=None):
 
 
 def one_pass_logsumexp(logits, some_logits):
-    """logsumexp by a sum that a TPU computes as it makes the logits, since it subtracts the largest
-    of some_logits instead of waiting for that of all."""
+    """logsumexp in one pass: a TPU sums the logits as it computes them.
+
+    It subtracts the maximum of some_logits, so it need not wait for the maximum of all.
+    """
     shift = some_logits.astype(jnp.float32).max(-1, keepdims=True)
     total = jnp.exp(logits.astype(jnp.float32) - shift).sum(-1, keepdims=True)
-    # infinite where another logit is 88 larger than some_logits
+    # the sum overflows where a logit exceeds that maximum by 88
     return lax.cond(jnp.isfinite(total).all(), lambda logits: shift + jnp.log(total), logsumexp,
                     logits)
 
 
 def _cross_entropy_forward(logits, targets, some_logits):
-    # sums are float32, but no float32 copy of bfloat16 logits, GPT-2's largest array, is stored
+    # sum in float32, but store no float32 copy of bfloat16 logits, GPT-2's largest array
     if some_logits is None:
         lse = logsumexp(logits)
     else:

@@ -1,7 +1,7 @@
 """
-Sampling: the key/value cache, the decoding loops over the model's forward pass, one compiled
-function each, and text as its tokens come. Within block_size only the new token is computed. Past
-it nanoGPT's window slides, every position changes, and each token costs a full window.
+Sampling: the key/value cache, the decoding loops over the model's forward pass (one compiled
+function each), and streamed text. Within block_size, only the new token is computed. Past it,
+nanoGPT's window slides, every position changes, and each token costs a full window.
 """
 
 import codecs
@@ -26,8 +26,8 @@ MIN_BUCKET = 64  # tokens; prompts and the cache are padded to 64, 128, ... up t
 def filter_logits(logits, temperature, top_k=None, top_p=1.0):
     """Logits to sample from: float32 (..., V), -inf for excluded tokens.
 
-    Divides by temperature, keeps the top_k largest, and of these the most likely ones that together
-    reach the probability top_p.
+    Divides by temperature and keeps the top_k largest logits. Of these it keeps the most likely
+    ones that together reach the probability top_p.
     """
     logits = logits.astype(jnp.float32) / temperature
     if top_k is not None:
@@ -67,15 +67,15 @@ class Sampler:
 # the cache
 
 class Cache:
-    """Keys and values of one block, (B, nh, L, hs) each; those before position start are known."""
+    """Keys and values of one block, (B, nh, L, hs) each; those before position start are filled."""
 
     def __init__(self, k, v, start):
         self.k, self.v, self.start = k, v, start
 
     def attend(self, q, k, v):
-        """Causal attention of the T tokens from start on, whose keys and values are added.
+        """Add the keys and values of T tokens from start on; return their causal attention.
 
-        All (B, T, nh, hs), as the result; k and v may have fewer heads, which divide q's.
+        q, k, v and the result are (B, T, nh, hs). k and v may have fewer heads, a divisor of q's.
         """
         self.k = write_cache(self.k, k.swapaxes(1, 2), self.start)
         self.v = write_cache(self.v, v.swapaxes(1, 2), self.start)
@@ -86,7 +86,7 @@ class Cache:
 
 
 class LastPosition:
-    """In place of the last block's cache: the block computes the last position only."""
+    """Replaces the last block's cache, so that the block computes only the last position."""
 
     start = 0
 
@@ -135,8 +135,8 @@ def prefill(graphdef, params, tokens, bucket, length):
 def decode(graphdef, weights, tokens, cache, t, stop, sampler):
     """Sample tokens[:, t:stop] with the cache, which holds all positions before t - 1.
 
-    weights: (params, head) of sampling_weights. stop: at most the cache's length plus one. Returns
-    (tokens, cache).
+    weights: (params, head) from sampling_weights. stop: at most the cache's length plus one.
+    Returns (tokens, cache).
     """
     params, head = weights
     model = nnx.merge(graphdef, params)
@@ -175,9 +175,9 @@ def bucket_size(n, smallest, largest):
 def stream_tokens(model, idx, max_new_tokens, sampler, key=None, chunk=None, first=0):
     """Yield the continuation of idx, int (B, T), as numpy arrays (B, n) of at most `chunk` tokens.
 
-    Past block_size the model sees the last block_size tokens. Dropout is off. key: a jax.random
-    key, needed unless the most likely token is taken; sequence b samples with a key folded from it
-    and first + b, whatever B is. Raises UserError for impossible settings.
+    Past block_size, the model sees the last block_size tokens. Dropout is off. key: a jax.random
+    key, needed unless the most likely token is taken. Sequence b uses a key folded from it and
+    first + b, so its tokens do not depend on B. Raises UserError for impossible settings.
     """
     check_sampling_settings(max_new_tokens, sampler)
     check_sampling_memory(model.config, *idx.shape, max_new_tokens)
@@ -239,8 +239,8 @@ def check_sampling_settings(max_new_tokens, sampler):
 
 def check_sampling_memory(config, B, T, max_new_tokens):
     """Raise UserError if B sequences of T tokens and their continuation exceed the memory."""
-    # ids in buffers of up to twice the length, on the device and the host; keys and values of at
-    # least two bytes in the cache
+    # ids: buffers of up to twice the length, on the device and on the host. cache: keys and values
+    # of at least two bytes
     cached = min(config.block_size, T + max_new_tokens) * config.n_layer * 2 * config.n_embd * 2
     check_memory(B * (16 * (T + max_new_tokens) + cached),
                  f'{B} samples of {max_new_tokens} new tokens',
@@ -250,8 +250,8 @@ def check_sampling_memory(config, B, T, max_new_tokens):
 def sampling_weights(model):
     """(graphdef with dropout off, parameters with the kernels in the compute dtype, head).
 
-    In 16 bits each token then reads half the bytes. head: the output layer's matrix (C, V) in
-    16 bits; None in float32, for the model's own. The given model does not change.
+    In 16 bits, each token then reads half the bytes. head: the output layer's matrix (C, V) in
+    16 bits, or None in float32, to use the model's own. The given model does not change.
     """
     model = nnx.merge(*nnx.split(model))
     model.eval()
@@ -260,8 +260,8 @@ def sampling_weights(model):
 
     def convert(path, p):
         return p.astype(dtype) if path[-1].key == 'kernel' else p
-    # a copy, since the embeddings are summed in float32. Converted inside the loop, or in another
-    # layout, the matrix would be copied in full for every token or every call
+    # a copy, because the embeddings are summed in float32. A conversion inside the loop would copy
+    # the full matrix for every token; another layout would copy it in every call
     head = None if dtype == 'float32' else model.head_kernel().astype(dtype)
     return graphdef, jax.tree_util.tree_map_with_path(convert, nnx.to_pure_dict(params)), head
 
@@ -270,11 +270,11 @@ def sampling_weights(model):
 # text
 
 class Continuation:
-    """The text of one sample, built from its tokens as they come.
+    """The text of one sample, built from its tokens as they arrive.
 
     decode: token ids to UTF-8 bytes, which may end inside a character. stop: the sample ends before
     this text; '' for none. text: all text so far. ended: whether stop was found. n_tokens: number
-    of tokens until then.
+    of tokens up to there.
     """
 
     def __init__(self, decode, stop=''):
@@ -283,7 +283,7 @@ class Continuation:
         self.text, self.held, self.ended, self.n_tokens = '', '', False, 0
 
     def add(self, tokens, final=False):
-        """Add token ids and return the new text; holds back what may be a part of stop."""
+        """Add token ids and return the new text, except an ending that may be part of stop."""
         if self.ended:
             return ''
         self.n_tokens += len(tokens)
@@ -298,5 +298,5 @@ class Continuation:
         return new
 
     def close(self):
-        """Return the text that was held back; no more tokens come."""
+        """End the sample: return the text that was held back."""
         return self.add([], final=True)

@@ -1,8 +1,8 @@
 """
-How a training step is spread over devices: the mesh, which device holds which part of each array,
-gathering sharded parameters, and placing batches. The forward and backward pass communicate only
-where this file, make_grad_fn and make_eval_step say so; outside of them XLA's partitioner adds
-the scalar all-reduces of the gradient's norm.
+How a training step is spread over devices: the mesh, the shardings of arrays, gathering sharded
+parameters, and placing batches. The forward and backward passes communicate only in this file,
+make_grad_fn and make_eval_step. Elsewhere, XLA's partitioner adds the scalar all-reduces of the
+gradient norm.
 """
 
 import math
@@ -29,15 +29,15 @@ def choose_micro_batch_size(batch_size, block_size, n_embd, platform):
     """Max sequences per device per micro-step: batch_size, or fewer on a CPU."""
     if platform != 'cpu':
         return batch_size
-    # a block's widest activation, (B, T, 4 n_embd) float32, should stay in the CPU's caches: 4 MB
+    # a block's widest activation, (B, T, 4 n_embd) float32, should fit the CPU's caches: 4 MB
     return min(batch_size, max(1, 2 ** 18 // (block_size * n_embd)))
 
 
 def split_global_batch(global_batch_size, micro_batch_size, n_devices, fsdp=1, n_processes=1):
-    """Split the sequences of an optimizer step: (devices used, micro-steps of each).
+    """Split the sequences of an optimizer step: (devices used, micro-steps per device).
 
-    Uses the largest number of devices that divides the batch, in groups of fsdp and equally many
-    of each process; each device gets an equal share, in the fewest equal micro-batches of at most
+    Uses the largest number of devices that divides the batch, in groups of fsdp, with equally many
+    per process. Each device gets an equal share, in the fewest equal micro-batches of at most
     micro_batch_size sequences. Raises UserError if no number of devices divides the batch.
     """
     def possible_counts(fsdp):
@@ -58,22 +58,22 @@ def split_global_batch(global_batch_size, micro_batch_size, n_devices, fsdp=1, n
 
 
 def select_mesh_devices(devices, n):
-    """The first n of the devices, equally many of each process."""
+    """The first n of the devices, equally many from each process."""
     processes = sorted({d.process_index for d in devices})
     per_process = [[d for d in devices if d.process_index == p] for p in processes]
     return [d for own in per_process for d in own[:n // len(processes)]]
 
 
 class Layout(NamedTuple):
-    """How the sequences of an optimizer step are laid out over devices."""
+    """How the sequences of an optimizer step are split over devices."""
     mesh: jax.sharding.Mesh
-    global_batch_size: int  # sequences of an optimizer step
-    micro_steps: int  # of each device in an optimizer step
+    global_batch_size: int  # sequences per optimizer step
+    micro_steps: int  # per device and optimizer step
     micro_batch_size: int  # max sequences per device per micro-step
 
 
 def choose_layout(devices, global_batch_size, micro_batch_size, fsdp=1):
-    """The Layout on as many of the devices as divide the batch; see split_global_batch."""
+    """The Layout on as many devices as divide the batch; see split_global_batch."""
     n_devices, micro_steps = split_global_batch(
         global_batch_size, micro_batch_size, len(devices), fsdp, jax.process_count())
     mesh = make_mesh(select_mesh_devices(devices, n_devices), fsdp)
@@ -86,7 +86,7 @@ def choose_layout(devices, global_batch_size, micro_batch_size, fsdp=1):
 def partition_specs(tree, mesh):
     """A PartitionSpec for each array: sharded along the first dimension that fsdp divides.
 
-    Arrays of less than two dimensions, or without such a dimension, are replicated. A parameter
+    Arrays with fewer than two dimensions, or without such a dimension, are replicated. A parameter
     and its moments get the same spec.
     """
     n = mesh.shape['fsdp']
@@ -113,17 +113,17 @@ def state_bytes(state):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def all_gather_param(w, cast, dim):
-    """The full parameter, from the shards `cast` that the devices of fsdp hold along dim.
+    """The full parameter, gathered along dim from the shards `cast` on the devices of fsdp.
 
-    cast: w in the dtype to gather; its own gradient is zero. That of w is reduce-scattered in w's
-    dtype: summed over the devices, each of which keeps its shard.
+    cast: w in the dtype to gather; its gradient is zero. The gradient of w is reduce-scattered in
+    w's dtype: it is summed over the devices, and each device keeps its shard.
     """
     return jax.lax.all_gather(cast, 'fsdp', axis=dim, tiled=True)
 
 
 def _all_gather_param_backward(dim, w, g):
     g = jax.lax.psum_scatter(g.astype(w.dtype), 'fsdp', scatter_dimension=dim, tiled=True)
-    # the TPU's compiler would move it behind the accumulation, and keep sums of full gradients
+    # without the barrier, the TPU compiler accumulates full gradients and scatters them at the end
     return jax.lax.optimization_barrier(g), None
 
 
@@ -132,9 +132,9 @@ all_gather_param.defvjp(lambda w, cast, dim: (all_gather_param(w, cast, dim), w)
 
 
 def cast_kernels(params, dtype):
-    """The parameters as they are gathered: kernels in `dtype`, all others in float32.
+    """The parameters to gather: kernels in `dtype`, all others in float32.
 
-    Kernels are used in matmuls only, which compute in that dtype anyway.
+    Only matmuls use kernels, and they compute in that dtype anyway.
     """
     def cast(path, w):
         return w.astype(dtype) if path[-1].key == 'kernel' else w
@@ -152,9 +152,9 @@ def gather_params(params, cast, specs):
 # a loop over the blocks, which gathers one at a time
 
 def stack_blocks(params, specs):
-    """(params, specs) with all blocks as one tree, whose arrays have a leading axis of n_layer.
+    """(params, specs) with the blocks stacked into one: arrays get a leading axis of n_layer.
 
-    specs: those of one block; they do not count that axis.
+    The specs are those of one block, without that axis.
     """
     h = params['transformer']['h']
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *h.values())
@@ -162,7 +162,7 @@ def stack_blocks(params, specs):
 
 
 def unstack_blocks(params):
-    """The params that stack_blocks was given."""
+    """The params before stack_blocks."""
     stacked = params['transformer']['h']
     n_layer = len(jax.tree.leaves(stacked)[0])
     return _with_blocks(params, {i: jax.tree.map(lambda a, i=i: a[i], stacked)
@@ -181,11 +181,11 @@ def _with_blocks(tree, h):
 
 
 def scan_blocks(blocks, x, rngs, remat, stacked, gather=lambda params: params):
-    """x (B, T, C) after all blocks, as run_blocks in jax_transformer.py, but by a loop over them.
+    """x (B, T, C) after all blocks, like run_blocks in jax_transformer.py, but by lax.scan.
 
-    blocks: only their structure is used. stacked: what `gather` makes a block's params of; called
-    for one block at a time, in the forward pass and again in the backward pass, so that no others
-    are held in full.
+    blocks: only their structure is used. stacked: stacked inputs of `gather`, which returns the
+    params of one block. It runs in the forward pass and again in the backward pass, so that only
+    one block is held in full.
     """
     graphdef = nnx.split(blocks[0], nnx.Param)[0]
     rngs_graphdef, rngs_state = nnx.split(rngs)
@@ -196,21 +196,21 @@ def scan_blocks(blocks, x, rngs, remat, stacked, gather=lambda params: params):
         x = nnx.merge(graphdef, gather(params))(x, rngs)
         return (x, nnx.state(rngs)), None
 
-    # a loop keeps XLA from merging the two passes, so no other barrier (prevent_cse) is needed
+    # the loop keeps XLA from merging the two passes; no other barrier (prevent_cse) is needed
     run_block = jax.checkpoint(run_block, policy=None if remat else is_matmul, prevent_cse=False)
     return jax.lax.scan(run_block, (x, rngs_state), stacked)[0][0]
 
 
 def is_matmul(primitive, *operands, **params):
-    """The policy of jax.checkpoint that saves the results of matmuls and of attention kernels.
+    """A policy for jax.checkpoint: save the results of matmuls and of attention kernels.
 
-    Gathered weights are not saved, nor what a loop would have to store for elementwise operations,
-    which XLA computes again inside the matmuls of the backward pass.
+    It saves neither gathered weights nor the results of elementwise operations, which XLA
+    recomputes inside the matmuls of the backward pass.
     """
     policies = jax.checkpoint_policies
     return (policies.dots_saveable(primitive, *operands, **params)
             or policies.save_only_these_names('attention')(primitive, *operands, **params)
-            or primitive.name == 'dot_product_attention_fwd_wrapper')  # cuDNN's; it has no names
+            or primitive.name == 'dot_product_attention_fwd_wrapper')  # cuDNN's, which has no name
 
 
 # -----------------------------------------------------------------------------
@@ -222,6 +222,6 @@ def batch_sharding(mesh, ndim):
 
 
 def shard_batch(mesh, *arrays):
-    """Place arrays (..., B, T) on the devices; each process reads its own devices' part only."""
+    """Place arrays (..., B, T) on the devices; each process reads only its own devices' part."""
     return tuple(jax.make_array_from_callback(a.shape, batch_sharding(mesh, a.ndim), a.__getitem__)
                  for a in arrays)

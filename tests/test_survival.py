@@ -62,8 +62,8 @@ def patched(patch):
 # -----------------------------------------------------------------------------
 # signals; more in test_launch.py
 
-@pytest.mark.parametrize('signum, code', [
-    (signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_stopped_run_is_saved_and_resumes_as_if_never_stopped(folder, signum, code):
     process = start(folder, *TINY, '--max_iters=100000', '--dropout=0.1', '--out_dir=parts')
     process.send_signal(signum)
@@ -434,6 +434,7 @@ def test_what_a_killed_save_has_left_is_removed_and_nothing_else(out_dir):
     Checkpoints(out_dir).close()
     assert {*os.listdir(out_dir)} == {'4', '6', 'other.txt'} and (out_dir.parent / 'other').exists()
     (out_dir / 'unfinished.json').write_text('["')  # cut off
+    shutil.copytree(out_dir / '4', out_dir / 'save-test')
     Checkpoints(out_dir).close()
     assert {*os.listdir(out_dir)} == {'4', '6', 'other.txt'}
 
@@ -557,10 +558,14 @@ def test_what_others_wrote_is_never_renamed_deleted_or_counted(out_dir):
         assert checkpoints.steps() == [4, 6] and checkpoints.latest_meta()[0] == 4
         checkpoints.check_free(range(4))  # those before the latest do not matter
         checkpoints.check_free([4, 5, 6, 8])
-        with pytest.raises(UserError, match='iteration 7 could not be saved, since .*7 was not'):
+        with pytest.raises(UserError, match='cannot save iteration 7: .*7 exists and was'):
             checkpoints.check_free(range(5, 9))
-        with pytest.raises(UserError, match='7 is there already.*--out_dir'):
+        with pytest.raises(UserError, match='7 already exists.*--out_dir'):
             save(checkpoints, 7)
+        (out_dir / '8.orbax-checkpoint-tmp').mkdir()
+        with pytest.raises(UserError, match='8.orbax-checkpoint-tmp already exists'):
+            save(checkpoints, 8)
+        (out_dir / '8.orbax-checkpoint-tmp').rmdir()
         for step in (8, 10):
             save(checkpoints, step)
     assert steps_on_disk(out_dir) == [4, 10] and all(path.exists() for path in others)
@@ -587,7 +592,7 @@ def test_validation_losses_are_compared_with_those_measured_alike(out_dir, capsy
     with Checkpoints(out_dir) as checkpoints:
         assert checkpoints.best_val_loss(CONFIG) == 1.0
         assert checkpoints.best_val_loss(easy) == 1e9
-        assert 'measured with another dataset: the best starts anew' in capsys.readouterr().out
+        assert 'another dataset; the best validation loss starts anew' in capsys.readouterr().out
         save(checkpoints, 8, 0.25, dataset='easy')
         assert 'checkpoint 8 is complete' in checkpoints.describe_valid()
         checkpoints.record_val_loss(8, 0.5, CONFIG)
@@ -595,7 +600,7 @@ def test_validation_losses_are_compared_with_those_measured_alike(out_dir, capsy
         save(checkpoints, 10, 0.75)
         assert 'checkpoint 10 is complete' in checkpoints.describe_valid()
         assert checkpoints.best_val_loss(easy) == 0.25
-        assert 'is that of the checkpoints with this one' in capsys.readouterr().out
+        assert 'is from an earlier checkpoint with this one' in capsys.readouterr().out
         save(checkpoints, 12)
         assert checkpoints.load('best', abstract).step == 8
         assert checkpoints.best_val_loss(CONFIG) == 0.5

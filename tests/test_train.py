@@ -284,6 +284,7 @@ def test_a_smaller_block_size_crops_on_resume_and_a_larger_is_refused(copy):
                                    meta['config'])
 
 
+@pytest.mark.slow
 def test_a_validation_loss_counts_for_the_data_that_it_was_measured_on_only(copy):
     data = shutil.copytree(copy / 'data' / 'tiny', copy / 'data' / 'easy')
     for split in ('train', 'val'):
@@ -291,9 +292,9 @@ def test_a_validation_loss_counts_for_the_data_that_it_was_measured_on_only(copy
     flags = ['--eval_interval=2', '--always_save_checkpoint=False', '--learning_rate=1e-4',
              '--min_lr=1e-4']
     easy = resume(copy, *flags, '--dataset=easy', '--max_iters=25')
-    assert 'measured with another dataset: the best starts anew' in easy
+    assert 'evaluated with another dataset; the best validation loss starts anew' in easy
     again = resume(copy, *flags, '--dataset=tiny', '--max_iters=31')
-    assert 'another dataset: the best is that of the checkpoints with this one' in again
+    assert 'the best validation loss is from an earlier checkpoint with this one' in again
     losses = [{int(s[0]): float(s[2]) for s in STEP.findall(out)} for out in (easy, again)]
     best = [min(each, key=each.get) for each in losses]
     assert losses[0][best[0]] < losses[1][best[1]] # and would hide every improvement
@@ -397,7 +398,7 @@ def batches_of(folder, **changed):
 
 @pytest.mark.parametrize('content, words', [
     (b'', 'train.bin has 0 bytes; .* at least block_size [+] 1 = 17'),
-    (b'\0' * 101, 'train.bin has 101 bytes; .* two bytes each'),
+    (b'\0' * 101, 'train.bin has 101 bytes; .* two-byte token ids'),
     (b'\0\0' * 16 + b'\x14\0' * 2, 'train.bin has the token id 20, .* ends at 19'),
 ])
 def test_unusable_data_is_refused(folder, content, words):
