@@ -31,7 +31,7 @@ text_column = 'text' # the column of input or repo that holds the text
 out_dir = '' # folder to write to; '': this script's; required with input and repo
 train_tokenizer = 0 # train a tokenizer.json with this many tokens in out_dir, and use it; one that
                     # is there already is always used, in place of GPT-2's tokens
-val_share = 0.0005 # fraction of the documents for val.bin; nanoGPT's is 0.0005
+val_share = 0.0005 # fraction of the documents for val.bin; the default is nanoGPT's
 num_proc = 8 # threads that tokenize, processes that download
 from configurator import configure
 args = sys.argv[1:] if __name__ == '__main__' else []
