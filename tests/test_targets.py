@@ -63,8 +63,8 @@ def test_the_step_of_a_gpu_is_16_bit_and_stores_no_more_than_it_should(target, d
     assert not [s for s in shapes if re.fullmatch('f32' + logits, s)]
     scores = [s for s in shapes if re.fullmatch(rf'\w+\[({B},{nh}|{B * nh}),\d+,{T}\]', s)]
     assert bool(scores) == (attention == 'xla')
-    # the logits, which their gradient replaces, the float32 gradients of 46M parameters, and the
-    # block's activations with, in XLA's form, its scores: 0.98 to 1.03 of it was seen
+    # the logits (their gradient replaces them), float32 gradients of 46M parameters, the block's
+    # activations and, in XLA's form, its scores: 0.98 to 1.03 times this was seen
     expected = 2 * B * T * V + 4 * 46e6 + 40 * B * T * 768
     expected += 10 * B * nh * T * T if attention == 'xla' else 0
     assert step.memory_analysis().temp_size_in_bytes < 1.1 * expected
