@@ -9,16 +9,20 @@ from http.client import HTTPException
 from urllib.request import urlopen
 
 import numpy as np
+from tqdm import tqdm
 
 # the repository's root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from nanogpt_jax.errors import UserError
-from nanogpt_jax.tokenizer import END_OF_TEXT, end_of_text, make_tokenizer, read_tokenizer
+from nanogpt_jax.run_dir import is_locked, open_file
+from nanogpt_jax.tokenizer import (
+    END_OF_TEXT, MOST_TOKENS, end_of_text, make_tokenizer, read_tokenizer,
+)
 from nanogpt_jax.tokenizer import gpt2_encoding  # noqa: F401 - re-exported
 
 tinyshakespeare_url = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
                        'tinyshakespeare/input.txt')
-rows = 100  # documents read at a time: their texts and tokens are in memory
+rows = 100  # documents in memory at a time
 
 
 # -----------------------------------------------------------------------------
@@ -26,32 +30,23 @@ rows = 100  # documents read at a time: their texts and tokens are in memory
 
 @contextmanager
 def locked(folder):
-    """Hold the lock of a data folder, which is created if missing: one process writes at a time.
+    """Create a data folder if it is missing, and lock it: one process writes at a time.
 
-    Raises UserError if another process holds it, and for an OSError inside the block.
+    Raises UserError if another process has the lock, and for an OSError inside the block.
     """
     try:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, 'prepare.lock'), 'w') as f:
-            lock(f, folder)
+            if not is_locked(f):
+                raise UserError(f'another process is preparing {folder}: wait for it, or stop it')
             yield
     except OSError as e:  # a full disk, no permission, an input file that was deleted
         raise UserError(f'cannot prepare {folder} ({e}): fix that and start again') from e
 
 
-def lock(f, folder):
-    try:
-        import fcntl
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until f is closed, or the process ends
-    except BlockingIOError:
-        raise UserError(f'another process is preparing {folder}: wait for it, or stop it') from None
-    except (ImportError, OSError):
-        pass  # Windows and some file systems have no locks
-
-
 @contextmanager
 def replacing(*paths):
-    """Yield a temporary path for each path; rename all of them once the block has succeeded."""
+    """Yield a temporary path for each path; rename them all if the block succeeds."""
     temporary = [f'{path}.tmp' for path in paths]
     try:
         yield temporary
@@ -69,8 +64,7 @@ def fetch(url, path):
         return
     try:
         with urlopen(url, timeout=60) as response:
-            # all at once: read(n) does not raise when the connection is cut
-            content = response.read()
+            content = response.read()  # read(n) would not raise when the connection is cut
     except (OSError, HTTPException) as e:
         raise UserError(f'cannot download {url} ({e}): download it by hand to {path}') from e
     with replacing(path) as [tmp], open(tmp, 'wb') as f:
@@ -79,10 +73,8 @@ def fetch(url, path):
 
 def read_text(path):
     """The text of a UTF-8 file. Raises UserError if it is not a file or not UTF-8, and OSError."""
-    if not os.path.isfile(path):  # a pipe or a device may never end
-        raise UserError(f'{path} is not a file')
     try:
-        with open(path, encoding='utf-8') as f:
+        with open_file(path) as f:
             return f.read()
     except UnicodeDecodeError as e:
         raise UserError(f'{path} is not UTF-8 text ({e}): '
@@ -93,8 +85,10 @@ def read_text(path):
 # one text
 
 def split_text(text):
-    """The first 90% of the characters for training, the rest for validation. Raises UserError if
-    one of them is empty."""
+    """The first 90% of the characters for training, the rest for validation.
+
+    Raises UserError if a split would be empty.
+    """
     n = int(len(text) * 0.9)
     if n == 0:
         raise UserError(f'the text has {len(text)} characters, too few for two splits')
@@ -102,27 +96,27 @@ def split_text(text):
 
 
 def write_splits(folder, train_ids, val_ids, meta=None, tokenizer=None):
-    """Write train.bin, val.bin and, if the data has its own vocabulary, meta.pkl (meta: a dict) or
-    tokenizer.json (tokenizer: its text).
+    """Write train.bin and val.bin: raw uint16 without a header. Raises UserError for other ids.
 
-    The .bin files are raw uint16 without a header. Raises UserError if an id does not fit.
+    Data with its own vocabulary also gets a meta.pkl (meta: a dict) or a tokenizer.json
+    (tokenizer: its text).
     """
-    splits = {'train': np.asarray(train_ids), 'val': np.asarray(val_ids)}
-    for split, ids in splits.items():
-        if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.uint16).max):
+    files = {}
+    for split, ids in (('train', np.asarray(train_ids)), ('val', np.asarray(val_ids))):
+        if ids.size and not 0 <= ids.min() <= ids.max() < MOST_TOKENS:
             raise UserError(f'{split}.bin: token ids run from {ids.min()} to {ids.max()}, but must '
-                            f'be in 0..{np.iinfo(np.uint16).max} (uint16): use a smaller '
-                            'vocabulary')
-    names = ['train.bin', 'val.bin'] + ['meta.pkl'] * bool(meta) + ['tokenizer.json'] * bool(
-        tokenizer)
-    with replacing(*(os.path.join(folder, name) for name in names)) as temporary:
-        for tmp, (split, ids) in zip(temporary, splits.items()):
+                            f'be in 0..{MOST_TOKENS - 1} (uint16): use a smaller vocabulary')
+        files[f'{split}.bin'] = ids.astype(np.uint16)
+    if meta:
+        files['meta.pkl'] = pickle.dumps(meta)
+    if tokenizer:
+        files['tokenizer.json'] = tokenizer.encode()
+    with replacing(*(os.path.join(folder, name) for name in files)) as temporary:
+        for tmp, content in zip(temporary, files.values()):
             with open(tmp, 'wb') as f:  # ids.tofile(tmp) does not say why it fails
-                f.write(ids.astype(np.uint16))
-            print(f'{split} has {len(ids):,} tokens')
-        if meta or tokenizer:
-            with open(temporary[-1], 'wb') as f:
-                f.write(pickle.dumps(meta) if meta else tokenizer.encode())
+                f.write(content)
+    for split in ('train', 'val'):
+        print(f'{split} has {len(files[f"{split}.bin"]):,} tokens')
 
 
 def prepare_chars(text, folder):
@@ -130,11 +124,11 @@ def prepare_chars(text, folder):
     codes = np.frombuffer(text.encode('utf-32-le'), dtype='<u4')  # one number per character
     vocab, ids = np.unique(codes, return_inverse=True)
     chars = [chr(c) for c in vocab]
+    sys.stdout.reconfigure(errors='replace')  # prints ? for a character that the terminal lacks
     print(f'length of dataset in characters: {len(text):,}')
-    encoding = sys.stdout.encoding or 'utf-8'  # prints ? for a character that the terminal lacks
-    print('all the unique characters:', ''.join(chars).encode(encoding, 'replace').decode(encoding))
+    print('all the unique characters:', ''.join(chars))
     print(f'vocab size: {len(chars):,}')
-    # dicts, strings and ints only, since load_meta refuses all other pickles
+    # only dicts, strings and ints: load_meta refuses all other pickles
     meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
             'stoi': {c: i for i, c in enumerate(chars)}}
     write_splits(folder, *split_text(ids), meta)
@@ -146,12 +140,12 @@ def prepare_chars(text, folder):
 class OwnEncoding:
     """A tokenizer.json with the methods of tiktoken's Encoding that write_documents uses.
 
-    Raises UserError if it cannot be used, or has no token that ends a document.
+    Raises UserError if it is damaged, or has no token that ends a document.
     """
 
     def __init__(self, path):
         self.tokenizer, self.n_vocab = make_tokenizer(read_tokenizer(path), path)
-        self.tokenizer.encode_special_tokens = True  # in documents no text is a special token
+        self.tokenizer.encode_special_tokens = True  # as text: documents have no special tokens
         self.name, self.max_token_value = path, self.n_vocab - 1
         self.eot_token = end_of_text(self.tokenizer)
         if self.eot_token is None:
@@ -162,17 +156,23 @@ class OwnEncoding:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
 
+def slices(texts):
+    """Yield the texts in short lists, so that few are in memory."""
+    for start in range(0, len(texts), rows):
+        yield texts[start:start + rows]
+
+
 def write_documents(folder, splits, enc, num_proc):
     """Write train.bin and val.bin: the ids of each split's documents, each ended by enc.eot_token.
 
-    splits: {'train': texts, 'val': texts}, sequences of str that are read in slices. Raises
+    splits: {'train': texts, 'val': texts}; texts: a sequence of str that can be sliced. Raises
     UserError if an id does not fit uint16.
     """
-    if enc.max_token_value > np.iinfo(np.uint16).max:
+    if enc.max_token_value >= MOST_TOKENS:
         raise UserError(f'the ids of {enc.name} run to {enc.max_token_value}, but must fit uint16: '
                         'use a smaller vocabulary')
     paths = [os.path.join(folder, f'{split}.bin') for split in splits]
-    with replacing(*paths) as temporary:  # renamed together, since they belong together
+    with replacing(*paths) as temporary:
         for tmp, (split, texts) in zip(temporary, splits.items()):
             t0 = time.perf_counter()
             n_tokens = write_texts(tmp, texts, enc, num_proc)
@@ -182,17 +182,14 @@ def write_documents(folder, splits, enc, num_proc):
 
 def write_texts(path, texts, enc, num_proc):
     """Write the ids of texts to path; returns their number."""
-    from tqdm import tqdm  # here, since most data sets do without it
-
     def encode(text):
-        # as encode_ordinary, in which no text is a special token, but without slow Python lists
+        # as encode_ordinary, without special tokens, but faster: no Python lists
         ids = enc.encode_to_numpy(text, disallowed_special=())
         return np.append(ids, enc.eot_token).astype(np.uint16)
-    # not datasets.map: as fast, but it stores all ids once more in its cache (OpenWebText: 18 GB)
+    # datasets.map is as fast, but stores a copy of all ids in its cache (OpenWebText: 18 GB)
     with (open(path, 'wb') as f, ThreadPoolExecutor(num_proc) as pool,  # tokenizers drop the GIL
           tqdm(total=len(texts), unit=' documents', disable=None) as bar):  # None: on a terminal
-        for start in range(0, len(texts), rows):
-            part = texts[start:start + rows]
+        for part in slices(texts):
             for ids in pool.map(encode, part):
                 f.write(ids)
             bar.update(len(part))

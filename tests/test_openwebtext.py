@@ -1,5 +1,4 @@
-"""data/openwebtext/prepare.py, and write_documents of data/common.py, mostly with a tokenizer that
-needs no files."""
+"""data/openwebtext/prepare.py, and write_documents of data/common.py."""
 
 import importlib.util
 import json
@@ -13,6 +12,7 @@ import tiktoken
 from corpus import DOCS, TINY, WAITING, tiny_encoding
 from helpers import ROOT, one_line_error, run
 
+from configurator import configure
 from nanogpt_jax.errors import UserError
 
 SCRIPT = os.path.join(ROOT, 'data', 'openwebtext', 'prepare.py')
@@ -39,20 +39,14 @@ def write_files(folder, ending, docs=DOCS):
         return
     # the files have another column too, of different types
     for name, part, other in (('a', docs[:60], 1), ('b', docs[60:], 'a')):
-        if ending == 'jsonl':
-            lines = [json.dumps({'id': other, 'text': doc}, ensure_ascii=name == 'a') + '\n'
-                     for doc in part]
-            (folder / f'{name}.jsonl').write_text(''.join(lines), encoding='utf-8')
-        else:
-            pa = pytest.importorskip('pyarrow')
-            table = pa.table({'id': [other] * len(part), 'text': part})
-            pytest.importorskip('pyarrow.parquet').write_table(
-                table, folder / f'{name}.parquet', row_group_size=7)
+        table = pytest.importorskip('datasets').Dataset.from_dict(
+            {'id': [other] * len(part), 'text': part})
+        write = table.to_json if ending == 'jsonl' else table.to_parquet
+        write(folder / f'{name}.{ending}')
 
 
 def split(docs, share=0.0005):
-    """(train, val) by the definition of nanoGPT's train_test_split(test_size=0.0005, seed=2357,
-    shuffle=True)."""
+    """(train, val) as nanoGPT's train_test_split(test_size=share, seed=2357, shuffle=True)."""
     order = np.random.default_rng(2357).permutation(len(docs))
     docs, n = [docs[i] for i in order], math.ceil(len(docs) * share)
     return docs[n:], docs[:n]
@@ -75,10 +69,9 @@ class Documents(list):
         return super().__getitem__(rows)
 
 
-@pytest.mark.parametrize('num_proc', [1, 3])
-def test_the_bytes_are_those_of_a_sequential_loop_and_replaced_together(tmp_path, num_proc, capsys):
+def test_the_bytes_are_those_of_a_sequential_loop_and_replaced_together(tmp_path, capsys):
     train = Documents(DOCS * 3)
-    common.write_documents(tmp_path, {'val': DOCS[:9], 'train': train}, TINY, num_proc)
+    common.write_documents(tmp_path, {'val': DOCS[:9], 'train': train}, TINY, 3)
     assert made(tmp_path) == [expected_bytes(train), expected_bytes(DOCS[:9])]
     assert max(train.read) <= common.rows < len(train)  # a part of the corpus is in memory
     n_tokens = len(expected_bytes(train)) // 2
@@ -87,7 +80,7 @@ def test_the_bytes_are_those_of_a_sequential_loop_and_replaced_together(tmp_path
     old = made(tmp_path)
     broken = Documents(DOCS * 3, broken=300)
     with pytest.raises(UserError, match='deleted.*start again'), common.locked(tmp_path):
-        common.write_documents(tmp_path, {'val': DOCS[:5], 'train': broken}, TINY, num_proc)
+        common.write_documents(tmp_path, {'val': DOCS[:5], 'train': broken}, TINY, 3)
     assert made(tmp_path) == old
     assert sorted(os.listdir(tmp_path)) == ['prepare.lock', 'train.bin', 'val.bin']
 
@@ -105,7 +98,7 @@ def test_a_tokenizer_that_does_not_fit_uint16_is_refused(tmp_path):
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """prepare.py as a module, with tiny_encoding, and with datasets' cache in tmp_path."""
+    """prepare.py as a module, with tiny_encoding. datasets' cache is in tmp_path."""
     datasets = pytest.importorskip('datasets')
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'hf'))
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # restored after the script has set it
@@ -116,7 +109,9 @@ def script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
-        monkeypatch.setattr(sys, 'argv', ['prepare.py', *flags])
+        settings = dict(module.config)  # the defaults
+        _, given = configure(settings, [flag for flag in flags if flag.startswith('-')])
+        vars(module).update(settings, args=flags, given=given)
         module.main()
     module.run = run
     return module
@@ -187,18 +182,18 @@ def own_bytes(out, texts):
 def test_a_tokenizer_is_trained_on_the_documents_for_training_and_used(
         tmp_path, script, monkeypatch, capsys):
     pytest.importorskip('tokenizers')
-    seen, train_tokenizer = [], script.train_tokenizer
-    monkeypatch.setattr(script, 'train_tokenizer', lambda texts, *args, **kwargs: train_tokenizer(
+    seen, train = [], script.tokenizer.train_tokenizer
+    monkeypatch.setattr(script.tokenizer, 'train_tokenizer', lambda texts, *args, **kwargs: train(
         seen.extend(texts) or seen, *args, **kwargs))
     monkeypatch.setattr(script, 'tokenizer_text', 3000)
     write_files(tmp_path / 'in', 'jsonl')
     flags = ['--input=in/*.jsonl', '--out_dir=out', '--train_tokenizer=270', '--val_share=0.1']
     script.run(*flags)
     out = tmp_path / 'out'
-    train, val = split(DOCS, 0.1)
-    assert ''.join(seen) == ''.join(train)[:3000]
-    assert made(out) == [own_bytes(out, part) for part in (train, val)]
-    assert len(made(out)[0]) < 2 * sum(len(doc.encode()) for doc in train)  # merges are learned
+    parts = split(DOCS, 0.1)
+    assert ''.join(seen) == ''.join(parts[0])[:3000]
+    assert made(out) == [own_bytes(out, part) for part in parts]
+    assert len(made(out)[0]) < 2 * sum(len(doc.encode()) for doc in parts[0])  # merges are learned
     first, tokenizer = made(out), (out / 'tokenizer.json').read_text()
 
     script.run(*flags[:2], flags[3])  # without the flag it is used too
@@ -228,12 +223,11 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
 
 @pytest.mark.parametrize('flags, words', [
     (['--input=*.none', '--out_dir=out'], 'no file matches'),
-    (['--input=a.txt'], '--input needs --out_dir'),
+    (['--input=a.txt'], 'need --out_dir'),
     (['--input=a.txt', '--out_dir=out', '--repo=x'], '--input is for local files'),
-    (['--text_column=x'], '--text_column belongs to --input or --repo'),
+    (['a.txt', '--out_dir=out'], 'a.txt is not a flag.*--input=a.txt'),
     (['--train_tokenizer=65537'], '--train_tokenizer is 65537.*to 65536.*uint16'),
     (['--num_proc=0'], '--num_proc is 0'),
-    (['--nope=1'], '--nope=1.*--help'),
     (['--out_dir=has_meta'], 'meta.pkl.*--out_dir')], ids=str)
 def test_wrong_flags_are_refused(tmp_path, script, flags, words):
     (tmp_path / 'a.txt').write_text('text')
@@ -246,7 +240,7 @@ def test_wrong_flags_are_refused(tmp_path, script, flags, words):
 # -----------------------------------------------------------------------------
 # a process that ends while it writes
 
-# runs prepare.py with tiny_encoding, which ends the process at a document with 'wait here'
+# run prepare.py with tiny_encoding, and kill the process at a document with 'wait here'
 RUN = f"""
 import os, runpy, sys
 sys.path[:0] = [{os.path.join(ROOT, 'tests')!r}, {os.path.join(ROOT, 'data')!r}]
@@ -269,7 +263,7 @@ def test_a_killed_process_changes_nothing_and_a_full_disk_is_one_line(tmp_path, 
     script.run(*flags, '--val_share=0.1')
     expected = [expected_bytes(part) for part in split(WAITING, 0.1)]
     env = {'HF_HOME': str(tmp_path / 'hf'), 'HF_HUB_OFFLINE': '1'}
-    # a larger share, so that val.bin would have other tokens
+    # with a larger share val.bin would have other tokens
     assert run(tmp_path, '-c', RUN, *flags, '--val_share=0.3', **env).returncode == -9
     assert made(tmp_path / 'out') == expected
     full = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n'

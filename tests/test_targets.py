@@ -1,6 +1,6 @@
 """
-Devices that are not there: what their compilers make of the training step, and tools.plan. Tests of
-a compiler run where it is installed: pip install "jax[cuda12]", or "jax[tpu]".
+The training step compiled for devices that are not there, and tools.plan. Tests of a compiler run
+where it is installed: pip install "jax[cuda12]", or "jax[tpu]".
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ from tools.hlo import custom_calls, estimated_cycles, instructions
 
 @pytest.fixture(autouse=True)
 def default_precision():
-    # runs do not ask for the highest, as test_jax_transformer.py does, which helpers.py imports
+    # undo the highest precision, which test_jax_transformer.py sets for all tests
     with jax.default_matmul_precision(None):
         yield
 
@@ -63,8 +63,8 @@ def test_the_step_of_a_gpu_is_16_bit_and_stores_no_more_than_it_should(target, d
     assert not [s for s in shapes if re.fullmatch('f32' + logits, s)]
     scores = [s for s in shapes if re.fullmatch(rf'\w+\[({B},{nh}|{B * nh}),\d+,{T}\]', s)]
     assert bool(scores) == (attention == 'xla')
-    # the logits, which their gradient replaces, the float32 gradients of 46M parameters, and the
-    # block's activations with, in XLA's form, its scores: 0.98 to 1.03 of it was seen
+    # the logits (their gradient replaces them), float32 gradients of 46M parameters, the block's
+    # activations and, in XLA's form, its scores: 0.98 to 1.03 times this was seen
     expected = 2 * B * T * V + 4 * 46e6 + 40 * B * T * 768
     expected += 10 * B * nh * T * T if attention == 'xla' else 0
     assert step.memory_analysis().temp_size_in_bytes < 1.1 * expected
@@ -73,7 +73,7 @@ def test_the_step_of_a_gpu_is_16_bit_and_stores_no_more_than_it_should(target, d
 @pytest.mark.slow
 @needs_cuda
 def test_bfloat16_on_a_t4_is_computed_in_float32():
-    # why float16 is the default there; if this fails, XLA has learnt better
+    # so float16 is the default there
     devices = targets.target_devices('t4')
     config = GPTConfig(256, 512, n_layer=1, n_head=2, n_embd=128, dtype='bfloat16')
     hlo = targets.compile_step(config, make_mesh(devices), 1, 2).as_text()
@@ -164,12 +164,6 @@ def test_the_memory_of_a_tpu_is_what_its_compiler_allocates(tmp_path):
     assert 0 < allocated - in_all < 0.2  # GiB
 
 
-@pytest.mark.slow
-@needs_libtpu
-def test_a_topology_that_does_not_exist_is_refused(tmp_path):
-    one_line_error(run(tmp_path, 'tools.plan', '--target=v5e:3x7'), 'v5e:3x7')
-
-
 # -----------------------------------------------------------------------------
 # sampling
 
@@ -237,30 +231,26 @@ def test_the_plan_counts_what_devices_exchange_in_a_step(tmp_path):
     assert sent('all-reduce +2 +once') == pytest.approx((blocks + embeddings) / 4 / 1e6, abs=0.06)
 
 
-@pytest.mark.parametrize('target, words', [
-    ('v9', ["'v9'", 'v5e:2x4', 'h100:8']), ('h100:two', ["'h100:two'", 'h100:8']),
-    ('h100:0', ["'h100:0'"]), ('cpu:10000', ["'cpu:10000'"]), ('cpu:\u0663', ['cpu'])])
-def test_an_unknown_target_is_refused(target, words):
-    with pytest.raises(UserError) as e:
+@pytest.mark.parametrize('target', ['v9', 'h100:two', 'h100:0', 'cpu:10000'])
+def test_an_unknown_target_is_refused(target):
+    with pytest.raises(UserError, match=f"'{target}'.*v5e:2x4.*h100:8"):
         targets.target_devices(target)
-    assert all(word in str(e.value) for word in words)
 
 
 @pytest.mark.parametrize('target, package', [('v5e', 'jax[tpu]'), ('h100:8', 'jax[cuda12]')])
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch, target, package):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(targets.importlib.util, 'find_spec', lambda name: None if name in (
-        'libtpu', 'jax_plugins') else find_spec(name))
-    with pytest.raises(UserError) as e:
+    monkeypatch.setattr(targets.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match=re.escape(f'"{package}"')):
         targets.target_devices(target)
-    assert f'"{package}"' in str(e.value)
 
 
 @pytest.mark.slow
-def test_a_mistake_in_a_plan_is_one_line(tmp_path):
-    for flags, words in ((['--init_from=gpt3'], ["'gpt3'", 'gpt2-xl']),
-                         (['--target=cpu', '--largest=True'], ['a TPU or a GPU'])):
-        one_line_error(run(tmp_path, 'tools.plan', *flags), *words)
+@pytest.mark.parametrize('flags, words', [
+    (['--init_from=gpt3'], ["'gpt3'", 'gpt2-xl']),
+    (['--target=cpu', '--largest=True'], ['a TPU or a GPU']),
+    pytest.param(['--target=v5e:3x7'], ['v5e:3x7'], marks=needs_libtpu)])
+def test_a_mistake_in_a_plan_is_one_line(tmp_path, flags, words):
+    one_line_error(run(tmp_path, 'tools.plan', *flags), *words)
 
 
 def test_jax_takes_three_quarters_of_a_gpus_memory_unless_told_otherwise(monkeypatch):
@@ -281,20 +271,17 @@ def test_every_gpu_has_a_peak_and_a_description():
         assert table_peak(device), name
 
 
-@pytest.mark.parametrize('first', [1, 12, 400])
-@pytest.mark.parametrize('offset, per_sequence, bend, hard', [
-    (2, 0.7, 0, False), (2, 0.7, 0.004, False), (2, 0.7, -0.001, True), (15, 1.5, 0, True),
-    (20, 1, 0, True)])
-def test_the_largest_micro_batch_is_found_in_few_compilations(first, offset, per_sequence, bend,
-                                                              hard):
+@pytest.mark.parametrize('first, compilations', [(1, 10), (12, 6), (400, 10)])
+@pytest.mark.parametrize('offset, per_sequence, hard', [
+    (2, 0.7, False), (2, 0.7, True), (15, 1.5, True), (20, 1, True)])
+def test_the_largest_micro_batch_is_found_in_few_compilations(
+        first, compilations, offset, per_sequence, hard):
     limit, asked = 16.0, []
-
-    def needed(n):
-        return offset + per_sequence * n + bend * n ** 2
 
     def measure(n):  # `hard`: the compiler does not say how much does not fit, as a TPU's
         asked.append(n)
-        return math.inf if hard and needed(n) > limit else needed(n)
+        n_bytes = offset + per_sequence * n
+        return math.inf if hard and n_bytes > limit else n_bytes
     found = targets.largest_fit(measure, limit, first, measure(first))
-    assert found == max([n for n in range(1, 100) if needed(n) <= limit], default=0)
-    assert len(asked) == len(set(asked)) <= {1: 10, 12: 6, 400: 10}[first], asked
+    assert found == max(0, int((limit - offset) / per_sequence))
+    assert len(asked) == len(set(asked)) <= compilations, asked

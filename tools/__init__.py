@@ -3,9 +3,8 @@ $ python -m tools.plot out-a out-b
 """
 
 
-def print_table(head, rows, markdown=True):
-    """Print a table as Markdown, or as plain columns: the first column left-aligned, the others
-    right-aligned."""
+def print_table(head, rows, markdown=False):
+    """Print a table, plain or as Markdown, with all columns but the first right-aligned."""
     table = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
     if markdown:

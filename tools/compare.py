@@ -1,13 +1,13 @@
 """
-Time this port against PyTorch nanoGPT on this machine: alternate whole runs from the command line
-and print tables. nanoGPT's checkout needs the data of the case (data/shakespeare_char), as this
-one does; the cases gpt2 and generate need none.
+Time this port against PyTorch nanoGPT on this machine: alternate whole runs of both scripts, and
+print tables. Both checkouts need data/shakespeare_char, but not for the cases gpt2 and generate.
 $ python -m tools.compare --nanogpt=../nanoGPT --torch_python=../torch-env/bin/python
 $ python -m tools.compare --nanogpt=../nanoGPT --case=gpt2,shakespeare_loss --device=cuda
 $ python -m tools.compare --nanogpt=../nanoGPT --case=generate,sample
 """
 
 import os
+import pathlib
 import re
 import statistics
 import subprocess
@@ -23,14 +23,14 @@ sys.excepthook = report_user_error
 nanogpt = '../nanoGPT' # the checkout of nanoGPT
 torch_python = 'python' # a Python that has torch
 case = 'readme_cpu' # or shakespeare_char, readme_loss, shakespeare_loss, gpt2, generate, sample; or
-                    # a list: a,b
+                    # several, with commas
 rounds = 3 # runs of each contender
 max_iters = 0 # iterations of readme_cpu and shakespeare_char; 0: enough to time them
-torch_compile = 'both' # 'eager', 'compile' (by torch.compile), or 'both', alternating
+torch_compile = 'both' # 'eager', 'compile' (torch.compile), or 'both'
 device = 'cpu' # of both projects: 'cpu' or 'cuda'
 micro_batches = '12,24,32,48,64' # gpt2: the micro-batch sizes to try
-loss_seeds = '1337,1338,1339' # of readme_loss and shakespeare_loss: a run of each for every seed
-logs = '' # a folder for the output of these runs, which tools.plot reads; '' for none
+loss_seeds = '1337,1338,1339' # readme_loss and shakespeare_loss: one run per seed
+logs = '' # a folder for the output of these runs, for tools.plot; '' for none
 from configurator import configure
 configure(globals()) # overrides from the command line and config files
 # -----------------------------------------------------------------------------
@@ -39,8 +39,8 @@ sys.stdout.reconfigure(line_buffering=True)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 contenders = ['JAX', *(f'PyTorch {mode}' for mode in ('eager', 'compile')
                        if torch_compile in (mode, 'both'))]
-if rounds < 1 or max_iters < 0:
-    raise UserError(f'rounds is {rounds} and max_iters {max_iters}; they must be at least 1 and 0')
+if rounds < 1:
+    raise UserError(f'rounds is {rounds}; it must be at least 1')
 if not os.path.exists(os.path.join(nanogpt, 'train.py')):
     raise UserError(f'{nanogpt} is not a checkout of nanoGPT; give its folder with --nanogpt')
 
@@ -58,6 +58,12 @@ def run(contender, script, *args, seed=1337):
     return process([*command, f'--device={device}', *args], folder)
 
 
+def train(contender, *args, seed=1337):
+    """As run, of a training run with an out_dir of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run(contender, 'train.py', *args, f'--out_dir={folder}/run', seed=seed)
+
+
 def process(command, folder):
     """(output, seconds) of a command, run in a folder. Raises UserError if it fails."""
     t0 = time.perf_counter()
@@ -70,8 +76,12 @@ def process(command, folder):
 
 def report(head, rows):
     print()
-    print_table(head, rows)
+    print_table(head, rows, markdown=True)
     print()
+
+
+def medians_of(numbers):
+    return {contender: statistics.median(each) for contender, each in numbers.items()}
 
 
 def joined(numbers, digits):
@@ -97,20 +107,18 @@ def timed(name):
     iters = max_iters or iters
     flags = [*flags, f'--max_iters={iters}', '--eval_interval=1000000', '--eval_iters=1']
     times, walls = {c: [] for c in contenders}, {c: [] for c in contenders}
-    for _ in range(rounds):
-        for contender in contenders:
-            with tempfile.TemporaryDirectory() as folder:
-                out, wall = run(contender, 'train.py', *flags, f'--out_dir={folder}/run')
-            ms = [float(t) for t in re.findall(r'^iter \d+: .* time ([\d.]+)ms', out, re.M)]
-            times[contender].append(statistics.median(ms[max(2, iters // 10):]))
-            walls[contender].append(wall)
-            print(f'{name}, {contender}: {times[contender][-1]:.2f} ms per iteration, '
-                  f'{wall:.1f} s for the process')
-    medians = {c: statistics.median(t) for c, t in times.items()}
+    for contender in contenders * rounds:
+        out, wall = train(contender, *flags)
+        ms = [float(t) for t in re.findall(r'^iter \d+: .* time ([\d.]+)ms', out, re.M)]
+        times[contender].append(statistics.median(ms[max(2, iters // 10):]))
+        walls[contender].append(wall)
+        print(f'{name}, {contender}: {times[contender][-1]:.2f} ms per iteration, '
+              f'{wall:.1f} s for the process')
+    ms, seconds = medians_of(times), medians_of(walls)
     report([name, 'ms per iteration', 'each run', 'against JAX',
             f'whole process, {iters} iterations'],
-           [(c, f'{medians[c]:.1f}', joined(t, 1), f'{medians[c] / medians["JAX"]:.2f}',
-             f'{statistics.median(walls[c]):.1f} s') for c, t in times.items()])
+           [(c, f'{ms[c]:.1f}', joined(times[c], 1), f'{ms[c] / ms["JAX"]:.2f}',
+             f'{seconds[c]:.1f} s') for c in contenders])
 
 
 LOSSES = {'readme_loss': [*README_CPU, '--eval_iters=500', '--max_iters=2000'],
@@ -122,14 +130,11 @@ def best_losses(name):
     rows = []
     for contender in contenders:
         for seed in loss_seeds.split(','):
-            with tempfile.TemporaryDirectory() as folder:
-                out, wall = run(contender, 'train.py', *LOSSES[name], f'--out_dir={folder}/run',
-                                seed=seed)
+            out, wall = train(contender, *LOSSES[name], seed=seed)
             if logs:
                 os.makedirs(logs, exist_ok=True)
-                log = os.path.join(logs, f'{contender}-{seed}.log'.replace(' ', '-'))
-                with open(log, 'w', encoding='utf-8') as f:
-                    f.write(out)
+                log = pathlib.Path(logs, f'{contender}-{seed}.log'.replace(' ', '-'))
+                log.write_text(out, encoding='utf-8')
             losses = re.findall(r'^step \d+: .* val loss ([\d.]+)', out, re.M)
             rows.append((contender, seed, min(map(float, losses)), f'{wall:.0f} s'))
             print(name, *rows[-1])
@@ -137,8 +142,7 @@ def best_losses(name):
 
 
 def gpt2(name):
-    """GPT-2 124M, sequences of 1024 tokens, one micro-batch per iteration: milliseconds for 12,288
-    tokens, at each micro-batch size."""
+    """GPT-2 124M, one micro-batch per iteration: milliseconds for 12,288 tokens, at each size."""
     rows = []
     for size in micro_batches.split(','):
         for contender in contenders:
@@ -186,8 +190,8 @@ print('loop:', time.perf_counter() - t0, 's,')
 
 
 def generate(name):
-    """Seconds of generate alone, from one token on. This port generates all samples at once,
-    nanoGPT's sample.py one after the other, although its model can do a batch too."""
+    """Seconds of generate alone, after one token. This port draws all samples at once, nanoGPT's
+    sample.py one by one, although its model can draw a batch too."""
     rows = []
     for model, (shape, n, tokens) in GENERATED.items():
         bench = [sys.executable, os.path.join(ROOT, 'bench_jax.py'), f'--device={device}',
@@ -198,12 +202,11 @@ def generate(name):
                 shape=shape, device=device, n=n, tokens=tokens, batch=batch)], nanogpt)
             for way, batch in {'PyTorch, a batch': n, 'PyTorch, one by one': 1}.items()}
         times = {way: [] for way in commands}
-        for _ in range(rounds):
-            for contender, (command, folder) in commands.items():
-                out, _ = process(command, folder)
-                times[contender].append(float(re.search(r': ([\d.]+) s,', out)[1]))
-                print(f'{name}, {model}, {contender}: {times[contender][-1]:.3f} s')
-        ours, *theirs = (statistics.median(t) for t in times.values())
+        for way in [*commands] * rounds:
+            out, _ = process(*commands[way])
+            times[way].append(float(re.search(r': ([\d.]+) s,', out)[1]))
+            print(f'{name}, {model}, {way}: {times[way][-1]:.3f} s')
+        ours, *theirs = medians_of(times).values()
         rows.append((model, f'{n} of {tokens}', *(f'{t:.2f} s' for t in (ours, *theirs)),
                      *(f'{t / ours:.1f}' for t in theirs), f'{n * tokens / ours:,.1f}'))
     report([name, 'samples', *commands, *(f'{way} / JAX' for way in [*commands][1:]),
@@ -211,8 +214,7 @@ def generate(name):
 
 
 def sample(name):
-    """Seconds of whole processes of sample.py and sample_jax.py, with imports and compilation: 10
-    samples of 500 tokens."""
+    """Seconds of whole processes that draw 10 samples, with imports and compilation."""
     flags = [*README_CPU, '--max_iters=1', '--eval_interval=1', '--eval_iters=1',
              '--always_save_checkpoint=True']
     variants = {'JAX': ('JAX', ['--compilation_cache=False']), 'JAX, compiled before': ('JAX', []),
@@ -221,13 +223,13 @@ def sample(name):
     with tempfile.TemporaryDirectory() as folder:
         for contender in ('JAX', 'PyTorch eager'):
             run(contender, 'train.py', *flags, f'--out_dir={folder}/{contender}')
-        for _ in range(rounds + 1):
-            for variant, (contender, more) in variants.items():
-                _, wall = run(contender, 'sample.py', f'--out_dir={folder}/{contender}', *more)
-                walls[variant].append(wall)
-                print(f'{name}, {variant}: {wall:.1f} s')
+        for variant in [*variants] * (rounds + 1):
+            contender, more = variants[variant]
+            _, wall = run(contender, 'sample.py', f'--out_dir={folder}/{contender}', *more)
+            walls[variant].append(wall)
+            print(f'{name}, {variant}: {wall:.1f} s')
     walls = {variant: wall[1:] for variant, wall in walls.items()}  # the first fills the caches
-    medians = {variant: statistics.median(wall) for variant, wall in walls.items()}
+    medians = medians_of(walls)
     report([name, 'whole process', 'each run', 'against JAX'],
            [(variant, f'{medians[variant]:.1f} s', joined(wall, 1),
              f'{medians[variant] / medians["JAX"]:.2f}') for variant, wall in walls.items()])
@@ -236,8 +238,7 @@ def sample(name):
 cases = {'readme_cpu': timed, 'shakespeare_char': timed,
          'readme_loss': best_losses, 'shakespeare_loss': best_losses,
          'gpt2': gpt2, 'generate': generate, 'sample': sample}
-for each in case.split(','):
-    if each not in cases:
-        raise UserError(f'no case {each!r}; there are {", ".join(cases)}')
+if unknown := [each for each in case.split(',') if each not in cases]:
+    raise UserError(f'no case {unknown[0]!r}; there are {", ".join(cases)}')
 for each in case.split(','):
     cases[each](each)

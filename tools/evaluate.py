@@ -1,6 +1,6 @@
 """
-Evaluate a model on the tasks of EleutherAI's harness (pip install lm_eval): prints its table, and
-writes its JSON beside the checkpoint.
+Evaluate a model on tasks of EleutherAI's harness (pip install lm_eval): print its table, and write
+its JSON beside the checkpoint.
 $ python -m tools.evaluate --out_dir=out-gpt2 --tasks=hellaswag,lambada_openai
 $ python -m tools.evaluate --init_from=gpt2 --tasks=hellaswag --limit=100
 $ python -m tools.evaluate --tasks=my_task --include_path=my_tasks
@@ -38,11 +38,11 @@ init_from = 'resume' # 'resume' (a run's out_dir), 'gpt2', 'gpt2-medium', 'gpt2-
 out_dir = 'out_jax' # the run to evaluate, if init_from is 'resume'
 checkpoint = 'auto' # 'latest', 'best', an iteration, or 'auto', as in sample_jax.py
 include_path = '' # a folder with tasks of your own, as YAML files
-limit = 0 # evaluate only this many items of each task; 0: all
-num_fewshot = -1 # examples before each item; -1: as the task says
-log_samples = False # write each item with the model's answers too
+limit = 0 # items of each task to evaluate; 0: all
+num_fewshot = -1 # examples before each item; -1: the task's own number
+log_samples = False # also write each item with the model's answers
 batch_size = 16 # sequences per device in a forward pass
-seed = 1337 # of tasks that sample
+seed = 1337 # for tasks that sample
 device = 'auto' # 'auto', 'cpu', 'gpu' or 'cuda', 'cuda:1', 'tpu'; all such devices are used
 dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16' or 'float16'; a CPU computes in float32
 compilation_cache = True # cache compiled programs in the user's cache folder: faster next start
@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 
 def end_of_document(vocabulary):
-    """The id that separates documents: the end of text, or for characters the end of a line."""
+    """The id that separates documents: the end of text, or of a line for characters."""
     if vocabulary is None:
         return gpt2_encoding().eot_token
     if isinstance(vocabulary, list):
@@ -91,7 +91,7 @@ def score(graphdef, params, idx, targets):
 
 
 class Adapter(TemplateLM):
-    """A model as the harness asks it, in batches of few shapes, split over the mesh's devices."""
+    """A model with the harness's interface. Its batches have few shapes, and use all devices."""
 
     def __init__(self, model, vocabulary, mesh):
         super().__init__()
@@ -163,7 +163,7 @@ class Adapter(TemplateLM):
         return [texts[i] for i in range(len(requests))]
 
     def generate(self, prompts, how):
-        """The continuations of prompts with equally many ids, each up to the first stop."""
+        """The continuations of prompts of the same length, each up to the first stop."""
         stops = how['until'] + self.stops
         texts = [Continuation(self.make_decode(ids)) for ids in prompts]
         # rows of padding, so that all batches have one shape

@@ -1,10 +1,8 @@
-"""
-What a compiled program does, from the text of its HLO: what it moves between devices, and its
-cycles on a TPU.
-"""
+"""What a compiled program sends between devices, and its cycles on a TPU, from its HLO as text."""
 
 import math
 import re
+from collections import Counter
 
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4,
          's64': 8, 'u64': 8, 'f64': 8}
@@ -15,14 +13,14 @@ COLLECTIVE = re.compile(r'\s+(?:ROOT )?(%?[\w.-]+) = (.*?) (all-reduce|all-gathe
 def collectives(hlo, n_devices):
     """[(operation, bytes, devices, count, in_loop)] for each collective operation of a program.
 
-    hlo: the text of a program compiled for n_devices. bytes: size of the full array; devices: size
-    of the group that exchanges it; count: how often it runs (a loop of unknown length counts once).
+    hlo: the text of a program compiled for n_devices. bytes: size of the full array. devices: size
+    of the group that exchanges it. count: how often it runs; a loop of unknown length counts once.
     """
     found, chains = [], set()
     for line, count, in_loop, fused in instructions(hlo):
         if not (op := COLLECTIVE.match(line)):
             continue
-        # a TPU runs an operation beside several others, with a line in the fusion of each
+        # on a TPU an operation has a line in each of the fusions that run beside it
         if chain := re.search(r'chain_id="(\d+)"', line):
             if (op[3], chain[1]) in chains:
                 continue
@@ -33,13 +31,15 @@ def collectives(hlo, n_devices):
 
 
 def sent_bytes(operation, n_bytes, devices):
-    """Bytes that each device sends in a collective operation, by the ring algorithms."""
+    """Bytes that each device sends in a collective operation, by the ring algorithm."""
     return (2 if operation == 'all-reduce' else 1) * n_bytes * (devices - 1) / devices
 
 
 def kind(op, hlo, fused):
-    """The operation of a match of COLLECTIVE: a TPU fuses a reduce-scatter from an all-reduce and
-    the slice of it that the device keeps, of which it sends no more."""
+    """The operation of a match of COLLECTIVE.
+
+    A TPU fuses an all-reduce and the slice that the device keeps into a reduce-scatter.
+    """
     is_part = fused and re.search(rf' dynamic-slice\({re.escape(op[1])}, ', hlo)
     return 'reduce-scatter' if op[3] == 'all-reduce' and is_part else op[3]
 
@@ -47,33 +47,29 @@ def kind(op, hlo, fused):
 def estimated_cycles(hlo):
     """{op_name: clock cycles} of a program compiled for a TPU, as its compiler estimates them.
 
-    op_name: JAX's name of the operation, with its named scopes; '' for those without. Pallas
-    kernels carry no estimate, and copies that run beside other work count nothing. A loop of
-    unknown length counts once.
+    op_name: JAX's name of the operation, with its named scopes; '' if it has none. Pallas kernels
+    and copies that run beside other work do not count. A loop of unknown length counts once.
     """
-    cycles = {}
+    cycles = Counter()
     for line, count, _, fused in instructions(hlo):
-        # a fusion is estimated as a whole; a number of 64 bits stands for none
+        # a fusion has an estimate as a whole; a number of 64 bits means unknown
         if not fused and (estimate := re.search(r'"estimated_cycles":"(\d{1,17})"', line)):
             name = re.search(r'op_name="([^"]*)"', line)
-            name = name[1] if name else ''
-            cycles[name] = cycles.get(name, 0) + count * int(estimate[1])
+            cycles[name[1] if name else ''] += count * int(estimate[1])
     return cycles
 
 
 def cycles_by_part(hlo):
-    """{part: estimated cycles}, largest first; the parts are those of the model that have a named
-    scope, the optimizer, and what is left over."""
-    parts = {}
+    """{part: estimated cycles}, largest first. The parts: named scopes of the model, and others."""
+    parts = Counter()
     for name, cycles in estimated_cycles(hlo).items():
         scope = re.search(r'\b(attn|mlp|head|optimizer)\b', name)
-        part = scope[1] if scope else 'other' if name else 'without a name'
-        parts[part] = parts.get(part, 0) + cycles
-    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+        parts[scope[1] if scope else 'other' if name else 'without a name'] += cycles
+    return dict(parts.most_common())
 
 
 def custom_calls(hlo, target):
-    """How often a program calls a kernel that is not XLA's; target: how its name begins."""
+    """How often a program calls kernels other than XLA's. target: how their name begins."""
     return sum(count for line, count, _, _ in instructions(hlo)
                if f'custom_call_target="{target}' in line)
 
@@ -81,7 +77,7 @@ def custom_calls(hlo, target):
 def instructions(hlo):
     """Yield (line, count, in_loop, fused) for each instruction that a program runs.
 
-    count: how often it runs; fused: whether it is a part of a fused operation.
+    count: how often it runs. fused: whether it is part of a fused operation.
     """
     computations = split_computations(hlo)
 
@@ -98,10 +94,10 @@ def instructions(hlo):
 
 
 def trip_count(line, computations):
-    """How often a while instruction runs its body; 1 if the program does not say so."""
+    """How often a while instruction runs its body; 1 if unknown."""
     if trips := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(trips[1])
-    # a TPU's compiler notes no count: a scan counts from 0 to the condition's only constant
+    # a TPU's compiler notes no count, but a scan counts from 0 to the condition's only constant
     condition = computations.get(re.search(r'condition=%?([\w.-]+)', line)[1], ())
     limits = re.findall(r' s32\[\]\S* constant\((\d+)\)', '\n'.join(condition))
     return int(limits[0]) if len(limits) == 1 and 'direction=LT' in ''.join(condition) else 1
@@ -120,7 +116,7 @@ def split_computations(hlo):
 
 
 def group_size(line, n_devices):
-    """Number of devices in each group of a collective operation; all of them if it names none."""
+    """Number of devices in each group of a collective operation; all if it names no groups."""
     # three notations: {{0,1},{2,3}}, [groups,size]<=..., and mesh['data'=2,'fsdp'=4] {'fsdp'}
     if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', line):
         return len(listed[1].split(','))
@@ -140,7 +136,7 @@ def array_bytes(op, devices):
                   if op[3] != 'collective-permute' or shape)  # its type has counters, too
     if op[4] and op[3] in ('all-gather', 'reduce-scatter'):  # its type has both shard and array
         return n_bytes * devices // (devices + 1)
-    # their types have what is sent and what is received; a GPU's all-reduce the former in a tuple
+    # these types list what is sent and what is received; a GPU's all-reduce as a tuple in a tuple
     if op[4] and (op[3] == 'collective-permute' or op[3] == 'all-reduce' and op[2][:2] == '(('):
         return n_bytes // 2
     return n_bytes * devices if op[3] == 'reduce-scatter' else n_bytes

@@ -6,10 +6,10 @@ $ python -m tools.plan config/train_gpt2.py --target=h100:8
 $ python -m tools.plan --target=v6e:2x4 --init_from=gpt2-xl --fsdp=8 --batch_size=4 --largest=True
 """
 
-import dataclasses
 import math
 import sys
 import time
+from collections import Counter
 
 import jax
 
@@ -27,9 +27,9 @@ from tools.targets import TPUS, compile_step, largest_fit, target_devices, usabl
 
 sys.excepthook = report_user_error
 # -----------------------------------------------------------------------------
-target = 'v5e' # v5e, v5p, v6e or tpu7x, with a topology as in 'v5e:2x4' (alone: one chip); a GPU
-               # (v100, t4, l4, a100, h100, h200, b200, ...) and how many, as in 'h100:8'; or
-               # 'cpu:8', as many virtual devices, which needs no other compiler
+target = 'v5e' # v5e, v5p, v6e or tpu7x: one chip, or a topology as in 'v5e:2x4'; a GPU (v100, t4,
+               # l4, a100, h100, h200, b200, ...) and how many, as in 'h100:8'; 'cpu:8': eight
+               # virtual devices, which need no other compiler
 largest = False # also find the largest micro-batch that fits; compiles several times
 # as in train_jax.py
 init_from = 'scratch' # 'scratch': the shape below; or gpt2, gpt2-medium, gpt2-large, gpt2-xl
@@ -62,14 +62,14 @@ devices = target_devices(target)
 layout = choose_layout(devices, gradient_accumulation_steps * batch_size, batch_size, fsdp)
 mesh, micro_steps = layout.mesh, layout.micro_steps
 micro_batch_size = layout.global_batch_size // mesh.size // micro_steps
+compute = compute_dtype(dtype, devices, 'dtype' in given)
 gptconf = GPTConfig(
     block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout,
-    bias=bias,
+    bias=bias, dtype=compute, remat=remat,
     vocab_size=vocab_size or load_vocabulary(data_dir_of(dataset))[0] or GPTConfig.vocab_size,
-    dtype=compute_dtype(dtype, devices, 'dtype' in given), remat=remat)
-if not dropout:  # the fused kernels have no dropout
-    gptconf = dataclasses.replace(gptconf, attention=attention_path(
-        attention, gptconf.dtype, n_embd // n_head, devices[0]))
+    # the fused kernels have no dropout
+    attention='xla' if dropout else attention_path(
+        attention, compute, n_embd // n_head, devices[0]))
 model = split_model(gptconf).model
 memory, memory_note = usable_memory(target)
 if largest and memory == math.inf:
@@ -77,8 +77,8 @@ if largest and memory == math.inf:
 
 
 def measure(n_sequences):
-    """(the step compiled with micro-batches of n_sequences, the bytes of its arguments, all bytes
-    that a device needs); (None, 0, inf) if the compiler says that it does not fit."""
+    """(step compiled for micro-batches of n_sequences, bytes of its arguments, all bytes that a
+    device needs); (None, 0, inf) if the compiler says that it does not fit."""
     t0 = time.perf_counter()
     try:
         step = compile_step(gptconf, mesh, micro_steps, n_sequences)
@@ -99,8 +99,7 @@ def print_memory(arguments, n_bytes):
             ('in all', n_bytes)]
     if memory < math.inf:
         rows.append((f'usable ({memory_note})', memory))
-    print_table(['memory of a device', 'GiB'],
-                [(name, f'{n / 2**30:.2f}') for name, n in rows], markdown=False)
+    print_table(['memory of a device', 'GiB'], [(name, f'{n / 2**30:.2f}') for name, n in rows])
     if memory < math.inf:
         print('it fits' if n_bytes <= memory else 'it does NOT fit')
     print()
@@ -108,25 +107,23 @@ def print_memory(arguments, n_bytes):
 
 def print_collectives(hlo):
     """What a step exchanges, how often, and what each device sends; like operations share a row."""
-    totals = {}
+    times, sent = Counter(), Counter()
     for op, n_bytes, n_devices, count, in_loop in collectives(hlo, mesh.size):
-        row = totals.setdefault((op, n_devices, 'every micro-step' if in_loop else 'once'), [0, 0])
-        row[0], row[1] = row[0] + count, row[1] + count * sent_bytes(op, n_bytes, n_devices)
-    rows = [(op, n_devices, when, count, f'{n_bytes / 1e6:,.1f}')
-            for (op, n_devices, when), (count, n_bytes) in totals.items()]
-    if rows:
-        print_table(['communication in a step', 'devices', 'when', 'times', 'MB sent'], rows,
-                    markdown=False)
+        key = op, n_devices, 'every micro-step' if in_loop else 'once'
+        times[key] += count
+        sent[key] += count * sent_bytes(op, n_bytes, n_devices)
+    if times:
+        print_table(['communication in a step', 'devices', 'when', 'times', 'MB sent'],
+                    [(*key, count, f'{sent[key] / 1e6:,.1f}') for key, count in times.items()])
         print()
 
 
 def print_time(hlo):
-    """FLOPs and, on a TPU, the compiler's estimate of clock cycles and what follows from it."""
+    """FLOP and, for a TPU, the compiler's estimate of clock cycles and the time that they take."""
     flops = model.estimate_mfu(micro_steps * micro_batch_size, 1.0, peak_flops=1.0)
     peak = peak_flops(devices[0])
-    at_peak = (f', at the peak of {peak / 1e12:g} TFLOP/s {flops / peak * 1000:.1f} ms'
-               if math.isfinite(peak) else '')
-    print(f'{flops / 1e12:.2f} TFLOP in a step on each device (6N + 12LHQT){at_peak}')
+    print(f'{flops / 1e12:.2f} TFLOP in a step on each device (6N + 12LHQT), '
+          f'at the peak of {peak / 1e12:g} TFLOP/s {flops / peak * 1000:.1f} ms')
     if not (cycles := cycles_by_part(hlo)):
         print('only the compiler for TPUs estimates time')
         return
@@ -134,7 +131,7 @@ def print_time(hlo):
     print()
     print_table(['estimated cycles in a step', 'M', 'share'],
                 [(part, f'{n / 1e6:.1f}', f'{n / total:.0%}') for part, n in cycles.items()]
-                + [('in all', f'{total / 1e6:.1f}', '')], markdown=False)
+                + [('in all', f'{total / 1e6:.1f}', '')])
     clock = TPUS[target.lower().partition(':')[0]].clock * 1e9
     seconds = total / clock
     if kernels := custom_calls(hlo, 'tpu_custom_call'):

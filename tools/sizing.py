@@ -1,18 +1,16 @@
 """
-What a model and a run need: parameters, FLOPs and activations by part, memory, the size of a
-checkpoint, the time of training, and the compute-optimal number of tokens. It needs no GPU.
+What a model and a run need: parameters, FLOP and activations by part, memory, the size of a
+checkpoint, the time of training, and the compute-optimal number of tokens. Runs on any CPU.
 $ python -m tools.sizing
 $ python -m tools.sizing config/train_shakespeare_char.py
 $ python -m tools.sizing --init_from=gpt2-xl --batch_size=4 --remat=True
 """
 
-import math
 import sys
 from collections import Counter
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jax_train_utils import abstract_train_state, check_settings, create_optimizer, split_model
@@ -30,23 +28,23 @@ if __name__ == '__main__':
 # -----------------------------------------------------------------------------
 # model
 init_from = 'scratch' # the shape below, or that of 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
-dataset = 'openwebtext' # used for its vocabulary size only
-vocab_size = 0 # 0: that of data/<dataset>, or else GPT-2's 50257 padded to 50304
-block_size = 1024 # context length, in tokens
-n_layer = 12 # transformer blocks
+dataset = 'openwebtext' # folder in data/, for its vocabulary size
+vocab_size = 0 # 0: that of data/<dataset>, or else GPT-2's, padded
+block_size = 1024 # context length
+n_layer = 12 # blocks
 n_head = 12 # attention heads; must divide n_embd
-n_embd = 768 # width of the embeddings
-dropout = 0.0 # its masks take memory, and rule out the fused attention kernel
+n_embd = 768 # width
+dropout = 0.0 # more than 0: masks take memory, and attention is not fused
 bias = False # biases inside LayerNorm and Linear layers?
 # memory
-batch_size = 12 # sequences of a micro-step on one device
-dtype = 'bfloat16' # compute type: 'float32', 'bfloat16' or 'float16'
-attention = 'auto' # 'xla': without the fused kernel; it is fused only in 16 bits, without dropout
+batch_size = 12 # sequences per device per micro-step
+dtype = 'bfloat16' # compute dtype: 'float32', 'bfloat16' or 'float16'
+attention = 'auto' # 'xla': not fused; 'auto': fused in 16 bits without dropout
 remat = False # recompute each block in the backward pass, to save memory
 # the run
-gradient_accumulation_steps = 5 * 8 # times batch_size: the global batch, of any number of devices
-max_iters = 600000 # the last iteration
-n_devices = 8 # that share each iteration
+gradient_accumulation_steps = 5 * 8 # the global batch is this * batch_size sequences
+max_iters = 600000 # iterations
+n_devices = 8 # they share each iteration
 peak = 312e12 # FLOP/s of a device; an A100's in bfloat16
 utilization = 0.3 # fraction of the peak that training reaches: mfu in the log
 compute = 0.0 # FLOP to find the best model for; 0.0: those of the run
@@ -57,7 +55,7 @@ config, given = configure(globals(), sys.argv[1:] if __name__ == '__main__' else
 
 
 # -----------------------------------------------------------------------------
-# by part: dicts by the name of a part, which stands for that of all blocks together
+# by part: dicts by the name of a part, such as h.ln_1, with the sum over all blocks
 
 PARTS = ('wte', 'wpe', 'dropout', 'h.ln_1', 'h.attn.c_attn', 'h.attn.scores', 'h.attn.values',
          'h.attn.c_proj', 'h.ln_2', 'h.mlp.c_fc', 'h.mlp.gelu', 'h.mlp.c_proj', 'h.dropout',
@@ -65,8 +63,7 @@ PARTS = ('wte', 'wpe', 'dropout', 'h.ln_1', 'h.attn.c_attn', 'h.attn.scores', 'h
 
 
 def scores_computed(gptconf):
-    """Number of attention scores that causal_attention computes and saves: all heads of one block,
-    for one sequence."""
+    """Number of attention scores that one block computes and saves for one sequence, by XLA."""
     q = jax.ShapeDtypeStruct((1, gptconf.block_size, gptconf.n_head, 1), jnp.float32)
     sizes = []
     jax.eval_shape(lambda q: causal_attention(q, q, q, lambda a: sizes.append(a.size) or a), q)
@@ -74,18 +71,17 @@ def scores_computed(gptconf):
 
 
 def count_parameters(model):
-    """(parameters, those of them that are in matmuls)."""
+    """(parameters, those in the kernels of Linear layers)."""
     params, kernels = Counter(), Counter()
     for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         part = '.'.join(name for name in path[1:-1] if isinstance(name, str))
         params[part] += p.size
-        if path[-1] == 'kernel':
-            kernels[part] += p.size
-    return params, kernels
+        kernels[part] += p.size * (path[-1] == 'kernel')
+    return params, +kernels  # + leaves out zeros
 
 
 def count_flops(gptconf, kernels):
-    """FLOPs of the matmuls in the forward pass of one sequence; all scores, masked ones too."""
+    """FLOP of the forward pass of one sequence, in matmuls, with masked scores."""
     T, C = gptconf.block_size, gptconf.n_embd
     flops = {part: 2 * T * n for part, n in kernels.items()}
     flops['h.attn.scores'] = flops['h.attn.values'] = gptconf.n_layer * 2 * T * T * C
@@ -96,7 +92,7 @@ def count_flops(gptconf, kernels):
 def count_saved(gptconf):
     """(bytes saved of one sequence for the backward pass, the most that are saved at a time).
 
-    Each part saves its input, and GELU its derivative instead.
+    Each part saves its input, but GELU its derivative.
     """
     T, C, c = gptconf.block_size, gptconf.n_embd, jnp.dtype(gptconf.dtype).itemsize
     block = {'h.ln_1': 4 * T * C, 'h.attn.c_attn': c * T * C, 'h.attn.scores': c * 3 * T * C,
@@ -110,7 +106,7 @@ def count_saved(gptconf):
     if not gptconf.remat:
         saved = {part: gptconf.n_layer * n for part, n in block.items()} | rest
         return saved, sum(saved.values())
-    # the input of every block, and either all else of one block or what follows the blocks
+    # the input of every block, and all else of either one block or the parts after the blocks
     recomputed = sum(block.values()) - block['h.ln_1']
     block['h.ln_1'] *= gptconf.n_layer
     return block | rest, block['h.ln_1'] + max(recomputed, sum(rest.values()))
@@ -119,26 +115,25 @@ def count_saved(gptconf):
 def print_parts(gptconf, model):
     """Print the table by part; returns the FLOP of the forward pass of one sequence."""
     params, kernels = count_parameters(model)
-    forward = count_flops(gptconf, kernels)
+    forward = Counter(count_flops(gptconf, kernels))
     saved, activations = count_saved(gptconf)
-    total_params, total_forward = sum(params.values()), sum(forward.values())
+    n_params, flops = params.total(), forward.total()
 
     def comma(n):
         return f'{n:,}' if n else ''
 
     def share(n, total):
         return f'{n / total:.2%}' if n else ''
-    rows = [(part, comma(params[part]), share(params[part], total_params),
-             comma(forward.get(part)), comma(2 * forward.get(part, 0)),
-             share(forward.get(part), total_forward), comma(saved.get(part)))
+    rows = [(part, comma(params[part]), share(params[part], n_params), comma(forward[part]),
+             comma(2 * forward[part]), share(forward[part], flops), comma(saved.get(part)))
             for part in PARTS if part in {*params, *forward, *saved}]
-    rows.append(('total', comma(total_params), '', comma(total_forward), comma(2 * total_forward),
-                 '', comma(activations)))
+    rows.append(('total', comma(n_params), '', comma(flops), comma(2 * flops), '',
+                 comma(activations)))
     print_table(('', 'parameters', 'share', 'FLOP forward', 'FLOP backward', 'share',
-                 'bytes saved'), rows, markdown=False)
+                 'bytes saved'), rows)
     print(f'h: all {gptconf.n_layer} blocks. FLOP and bytes are for one sequence of '
           f'{gptconf.block_size} tokens; FLOP are those of the matmuls, with all scores\n')
-    return total_forward
+    return flops
 
 
 # -----------------------------------------------------------------------------
@@ -152,7 +147,7 @@ def device_memory(gptconf, batch_size, micro_steps):
     state = abstract_train_state(gptconf, tx)
     weights = gradients = n_bytes(state['params'])
     moments, activations = n_bytes(state['opt_state']), batch_size * count_saved(gptconf)[1]
-    # within a micro-step gradients replace activations; the sum over micro-steps is always there
+    # in a micro-step gradients replace activations; accumulation also keeps a sum of gradients
     temporary = gradients + activations if micro_steps > 1 else max(gradients, activations)
     return {'weights, float32': weights, "AdamW's two moments": moments,
             'gradients, float32': gradients, f'activations of {batch_size} sequences': activations,
@@ -160,10 +155,11 @@ def device_memory(gptconf, batch_size, micro_steps):
 
 
 def duration(seconds):
-    """Three digits, in the largest unit of which it is at least one."""
-    units = (('days', 86400), ('hours', 3600), ('minutes', 60), ('seconds', 1))
-    name, length = next((unit for unit in units if seconds >= unit[1]), units[-1])
-    return f'{seconds / length:.3g} {name}'
+    """Three digits, in the largest unit that it reaches."""
+    for unit, length in (('days', 86400), ('hours', 3600), ('minutes', 60)):
+        if seconds >= length:
+            return f'{seconds / length:.3g} {unit}'
+    return f'{seconds:.3g} seconds'
 
 
 # -----------------------------------------------------------------------------
@@ -172,19 +168,16 @@ def duration(seconds):
 def approach_3(A, B, alpha, beta):
     """(k, m) from the loss after training, E + A / N^alpha + B / D^beta.
 
-    Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556, equation 2. For 6ND = C it is smallest
-    where alpha A / N^alpha = beta B / D^beta, which is their equation 4 in another form.
+    Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556, equation 2. At a fixed 6ND the loss is
+    lowest where alpha A / N^alpha = beta B / D^beta.
     """
     return (beta * B / (alpha * A)) ** (1 / beta), alpha / beta
 
 
-# N and D of their approach 2, from table A3
-N2 = [400e6, 1e9, 10e9, 67e9, 175e9, 280e9, 520e9, 1e12, 10e12]
-D2 = [7.7e9, 20.0e9, 219.5e9, 1.7e12, 4.3e12, 7.1e12, 13.4e12, 26.5e12, 292.0e12]
-slope, intercept = np.polyfit(np.log(N2), np.log(D2), 1)
 LAWS = {  # k, m
     '20 tokens per parameter': (20.0, 1.0),
-    'approach 2, a line through table A3': (math.exp(intercept), slope),
+    # fitted to log N and log D of the table's approach 2, as in nanoGPT's notebook
+    'approach 2, a line through table A3': (8.617647295493468, 1.0409573169995912),
     # as printed, and as nanoGPT has it
     'approach 3, equation 10': approach_3(406.4, 410.7, 0.34, 0.28),
     # from the paper's source, by Besiroglu et al.
@@ -206,25 +199,22 @@ def optimal_size(law, budget):
 
 def check():
     check_settings(config)
-    for name in ('max_iters', 'n_devices', 'peak', 'utilization'):
-        if not 0 < config[name] < math.inf:
+    for name in ('n_devices', 'peak', 'utilization'):
+        if config[name] <= 0:
             raise UserError(f'{name} is {config[name]}; it must be more than 0')
-    if utilization > 1:
-        raise UserError(f'utilization is {utilization}; it must be a fraction, at most 1')
-    if init_from != 'scratch' and init_from not in GPT2_SHAPES:
-        raise UserError(f'init_from is {init_from!r}; it must be scratch, with the shape in '
-                        f'n_layer, n_head and n_embd, or one of {", ".join(GPT2_SHAPES)}')
+    if init_from not in ('scratch', *GPT2_SHAPES):
+        raise UserError(f'init_from is {init_from!r}; it must be scratch or one of '
+                        f'{", ".join(GPT2_SHAPES)}')
 
 
 def read_shape():
     """The GPTConfig of the settings."""
-    shape, size, has_bias = (n_layer, n_head, n_embd), vocab_size, bias
-    if init_from != 'scratch':
-        shape, size, has_bias = GPT2_SHAPES[init_from], 50257, True
-    size = size or load_vocabulary(data_dir_of(dataset))[0] or GPTConfig.vocab_size
     fused = attention != 'xla' and dtype != 'float32' and not dropout
-    return GPTConfig(block_size, size, *shape, dropout, has_bias, dtype,
-                     'cudnn' if fused else 'xla', remat)
+    rest = dict(dropout=dropout, dtype=dtype, attention='cudnn' if fused else 'xla', remat=remat)
+    if init_from in GPT2_SHAPES:
+        return GPTConfig(block_size, 50257, *GPT2_SHAPES[init_from], bias=True, **rest)
+    size = vocab_size or load_vocabulary(data_dir_of(dataset))[0] or GPTConfig.vocab_size
+    return GPTConfig(block_size, size, n_layer, n_head, n_embd, bias=bias, **rest)
 
 
 def print_time(flops_per_token, n_params, tokens_per_iter):
@@ -232,8 +222,8 @@ def print_time(flops_per_token, n_params, tokens_per_iter):
     rows = [(name, f'{flops:.3e}', duration(flops / speed))
             for name, flops in (('by 6N + 12LHQT', flops_per_token * tokens),
                                 ('by 6N', 6 * n_params * tokens))]
-    print_table((f'{max_iters:,} iterations of {tokens_per_iter:,} tokens: {tokens:.3e}',
-                 'FLOP', 'time'), rows, markdown=False)
+    print_table((f'{max_iters:,} iterations of {tokens_per_iter:,} tokens: {tokens:.3e}', 'FLOP',
+                 'time'), rows)
     print(f'with {n_devices} device{"s" * (n_devices > 1)} of {peak / 1e12:g} TFLOP/s '
           f'and an mfu of {utilization:.0%}\n')
 
@@ -247,7 +237,7 @@ def print_laws(n_params, tokens_per_iter):
         rows.append((name, f'{D:.3e}', f'{D / n_params:.1f}', f'{6 * n_params * D:.3e}',
                      f'{D / tokens_per_iter:,.0f}', f'{best_n:.3e}', f'{best_d:.3e}'))
     print_table(('compute-optimal, by Hoffmann et al. 2022', 'D', 'D / N', '6ND', 'iterations',
-                 'best N', 'and D'), rows, markdown=False)
+                 'best N', 'and D'), rows)
     print(f'D: tokens for this N, {n_params:.3e}; best N and D: for {budget:.3e} FLOP')
 
 
@@ -264,13 +254,12 @@ def main():
     total_forward = print_parts(gptconf, model)
     print_table(('parameters without wpe, N', f'{n_params:,}'), [
         ('FLOP per token, forward and backward', f'{3 * total_forward / block_size:,.0f}'),
-        ('6N + 12LHQT, which mfu is counted by', f'{flops_per_token:,.0f}')], markdown=False)
+        ('6N + 12LHQT, which mfu is counted by', f'{flops_per_token:,.0f}')])
     print()
     memory = device_memory(gptconf, batch_size, gradient_accumulation_steps)
     print_table((f'memory of a device, about ({gptconf.dtype}, {gptconf.attention} attention)',
                  'bytes', 'GiB'),
-                [(name, f'{n:,}', f'{n / 2**30:.2f}') for name, n in memory.items()],
-                markdown=False)
+                [(name, f'{n:,}', f'{n / 2**30:.2f}') for name, n in memory.items()])
     print()
     print_time(flops_per_token, n_params, tokens_per_iter)
     print_laws(n_params, tokens_per_iter)

@@ -1,6 +1,6 @@
 """
 Compile for devices that you don't have: TPUs by libtpu, NVIDIA GPUs by JAX's CUDA plugin and a
-description of the device. Both count memory; libtpu also estimates clock cycles.
+description of the device. Both count memory. libtpu also estimates clock cycles.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from nanogpt_jax.sharding import batch_sharding
 
 class TPU(NamedTuple):
     host: str  # the smallest topology that has a chip
-    memory: float  # GiB of a device that a program can use, as libtpu says when one does not fit
+    memory: float  # GiB that a program can use on a device, by libtpu's error when it is too large
     clock: float  # GHz: PEAK_FLOPS divided by the FLOPs of a cycle, 2^17 or a multiple of it
 
 
@@ -99,10 +99,9 @@ device_description_str: "{gpu.kind}"'''
 # their compilers
 
 def target_devices(target):
-    """The devices of a target such as v5e, v5e:2x4, h100, h100:8 or cpu:8, to compile for.
+    """The devices of a target such as v5e (one chip), v5e:2x4, h100, h100:8 or cpu:8.
 
-    A TPU without a topology is one chip. Raises UserError for an unknown target, and if its
-    compiler is not installed.
+    Raises UserError for an unknown target, and if its compiler is not installed.
     """
     name, _, size = target.lower().partition(':')
     n = int(size or 1) if re.fullmatch('[0-9]{0,4}', size) else 0
@@ -113,7 +112,7 @@ def target_devices(target):
     jax.config.update('jax_enable_compilation_cache', False)
     if name in TPUS:
         need('libtpu', 'jax[tpu]')
-        select_devices('cpu')  # JAX itself looks for no TPU or GPU
+        select_devices('cpu')  # keeps JAX from looking for a TPU or GPU
         return tpu_devices(name, size)
     if name in GPUS and n:
         need('jax_plugins', 'jax[cuda12]')
@@ -132,7 +131,7 @@ def need(module, package):
 
 def tpu_devices(name, topology):
     """The devices of a TPU topology; of one chip if topology is ''."""
-    # libtpu shall not look for a TPU here, nor lock itself for one process
+    # libtpu must not look for a TPU here, nor keep other processes out
     os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
     shape = topology or TPUS[name].host
     single = {'chips_per_host_bounds': (1, 1, 1)} if shape == '1x1' else {}
@@ -155,10 +154,10 @@ def usable_memory(target):
     """(bytes that a program can use on a device of a target, a note on what sets it)."""
     name = target.lower().partition(':')[0]
     if name == 'cpu':
-        return math.inf, ''  # all virtual devices share one machine's
+        return math.inf, ''  # virtual devices share the machine's memory
     if name in TPUS:
         return TPUS[name].memory * 2 ** 30, 'by libtpu'
-    # as the CUDA plugin reads them
+    # the variables that the CUDA plugin reads
     fraction = float(os.environ.get('XLA_CLIENT_MEM_FRACTION')
                      or os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION') or 0.75)
     memory = GPUS[name].memory
@@ -166,8 +165,7 @@ def usable_memory(target):
 
 
 def compile_step(gptconf, mesh, micro_steps, micro_batch_size):
-    """The training step compiled for a mesh, from shapes alone, with micro_batch_size sequences on
-    each device."""
+    """The training step compiled for a mesh, with micro_batch_size sequences on each device."""
     tx = create_optimizer(lambda it: 1e-4, weight_decay=1e-1, betas=(0.9, 0.95), grad_clip=1.0)
     batch = jax.ShapeDtypeStruct(
         (micro_steps, micro_batch_size * mesh.size, gptconf.block_size), jnp.int32,
@@ -180,15 +178,14 @@ def compile_step(gptconf, mesh, micro_steps, micro_batch_size):
 
 
 def compiler_options(device):
-    """Compiler options for a device that you don't have: no autotuning, which times kernels."""
+    """Compiler options for a device that you don't have: autotuning would time kernels on it."""
     return {'xla_gpu_autotune_level': 0} if device.platform == 'gpu' else None
 
 
 def largest_fit(measure, memory, n, n_bytes):
     """The largest micro-batch that needs at most `memory` bytes, by bisection; 0 if none does.
 
-    measure: sequences to bytes, by compiling; inf if the compiler says that they do not fit.
-    n_bytes: those of n sequences.
+    measure: sequences to bytes, by compiling; inf if they do not fit. n_bytes: those of n.
     """
     fits, too_many = (n, math.inf) if n_bytes <= memory else (0, n)
     while fits + 1 < too_many:
