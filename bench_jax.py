@@ -62,8 +62,8 @@ if compilation_cache:
     enable_compilation_cache()
 compute_type = compute_dtype(dtype, devices, 'dtype' in given)
 kernel = attention_path(attention, compute_type, n_embd // n_head, devices[0])
-gptconf = GPTConfig(**{name: config[name] for name in GPT_ARGS}, dtype=compute_type,
-                    attention=kernel, remat=remat)
+fields = {name: config[name] for name in GPT_ARGS if name in config}
+gptconf = GPTConfig(**fields, dtype=compute_type, attention=kernel, remat=remat)
 global_batch_size = gradient_accumulation_steps * batch_size
 micro_batch_size = choose_micro_batch_size(batch_size, block_size, n_embd, platform)
 layout = choose_layout(devices, global_batch_size, micro_batch_size)

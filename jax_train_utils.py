@@ -99,14 +99,20 @@ def count_tokens(data_dir, split, block_size):
     if size is None and run_dir.is_remote(path):
         raise UserError(f'{path} does not exist: prepare the data on some machine, and copy its '
                         f'files to {data_dir}')
+    if size is None and not os.path.isdir(data_dir):
+        raise UserError(f'there is no folder {os.path.abspath(data_dir)}: choose another '
+                        '--dataset, or start the script in the folder that has data/')
     if size is None:
         hint = '. That is large; for a first run see config/train_pydoc.py'
         raise UserError(f'{path} does not exist: prepare the data first, with python '
                         + os.path.join(data_dir, 'prepare.py')
                         + (hint if data_dir.endswith('openwebtext') else ''))
-    if size % 2 or size // 2 < block_size + 1:
-        raise UserError(f'{path} has {size} bytes; it must hold two-byte token ids, at '
-                        f'least block_size + 1 = {block_size + 1}')
+    if size % 2:
+        raise UserError(f'{path} has {size} bytes, but token ids have two bytes each: prepare the '
+                        'data again')
+    if size // 2 < block_size + 1:
+        raise UserError(f'{path} has {size // 2} tokens, but needs block_size + 1 = '
+                        f'{block_size + 1}: use a longer text, or a smaller --block_size')
     return size // 2
 
 
@@ -579,7 +585,7 @@ def merge_resumed_config(config, given, saved):
         if name in MODEL_SHAPE or name not in given:
             merged[name] = saved[name]
         if name in given and config[name] != saved[name]:
-            result = (' (kept: the weights have this shape)' if name in MODEL_SHAPE else
+            result = (' (kept: the checkpoint has this model)' if name in MODEL_SHAPE else
                       f' -> {config[name]}')
             differs.append(f'{name} {saved[name]}{result}')
     # settings of other code, such as a fork
@@ -587,7 +593,8 @@ def merge_resumed_config(config, given, saved):
                 for name in sorted(saved.keys() - config.keys() - {'wandb_run_id'})]
     if merged['block_size'] > saved['block_size']:
         raise UserError(f'block_size={merged["block_size"]} is larger than the checkpoint\'s '
-                        f'{saved["block_size"]}; give a smaller one, or none')
+                        f'{saved["block_size"]}; give a smaller one, or no config file: a resumed '
+                        'run takes its settings from the checkpoint')
     return merged, ', '.join(differs)
 
 

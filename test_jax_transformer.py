@@ -1070,7 +1070,7 @@ def test_other_arrays_than_were_saved_are_detected():
 @area('checkpoint round trip')
 def test_reading_without_a_checkpoint_is_refused_and_creates_nothing():
     with tempfile.TemporaryDirectory() as folder:
-        assert_refused(lambda: Checkpoints(folder, read_only=True), 'no checkpoint in', '--out_dir')
+        assert_refused(lambda: Checkpoints(folder, read_only=True), 'no checkpoint of this')
         absent = os.path.join(folder, 'a')
         assert_refused(lambda: Checkpoints(absent, read_only=True), 'does not exist')
         assert os.listdir(folder) == []

@@ -169,7 +169,8 @@ elif init_from == 'resume':
     iter_num, saved, state = checkpoints.load('latest', lambda saved: utils.abstract_train_state(
         GPTConfig.from_model_args(saved['model_args']), tx, mesh))
     print(f'Resuming training from {out_dir}, from iteration {iter_num}')
-    best_val_loss = checkpoints.best_val_loss(config)
+    if not eval_only:
+        best_val_loss = checkpoints.best_val_loss(config)
     gptconf = replace(GPTConfig.from_model_args(saved['model_args']), dropout=dropout)
     if block_size < gptconf.block_size:
         state = utils.crop_state(state, block_size, mesh)
@@ -210,8 +211,9 @@ peak = mesh.size * peak_flops(devices[0])
 print(describe_peak(devices[0], mesh.size))
 seconds = model.estimate_mfu(layout.global_batch_size, 1.0, peak) # per iteration at the peak
 if devices[0].platform == 'cpu' and seconds > 10:
-    print(f'an iteration takes {seconds:.0f} s or more on this CPU; '
-          'for small models set --gradient_accumulation_steps=1')
+    smaller = '--gradient_accumulation_steps=1' * (gradient_accumulation_steps > 1)
+    print(f'an iteration takes {seconds:.0f} s or more on this CPU; try '
+          f'{smaller or "a smaller --batch_size"}, or a smaller model')
 
 # batches and evaluation
 batches = utils.Batches(layout, data_dir, block_size, gptconf.vocab_size, seed,
@@ -262,6 +264,7 @@ def save(val_loss=None):
 # compile: micro-steps, loss scaling, clipping and AdamW are one program, for these shapes and types
 stop = StopRequest() # from here on a signal ends the run after this step, with a checkpoint
 x, y = batches.train(iter_num)
+print('compiling the model...')
 t0 = time.perf_counter()
 train_step = utils.make_train_step(train_graphdef, tx, seed, mesh, compute_type == 'float16')
 train_step = train_step.lower(state, x, y, np.int32(iter_num)).compile()
@@ -337,9 +340,10 @@ with stop, checkpoints: # waits for the last save at the end
         norm = jax.jit(optax.tree.norm)(state['params'])
         utils.check_finite(iter_num, {'norm of the weights': norm}, checkpoints)
         save()
-if stop.signum and checkpoints.steps():
-    print(f'stopped by {stop.signum.name} before iteration {iter_num}; '
-          f'resume with: python train_jax.py --init_from=resume --out_dir={out_dir}')
+if stop.signum:
+    then = (f'resume with: python train_jax.py --init_from=resume --out_dir={out_dir}'
+            if checkpoints.steps() else 'nothing was saved')
+    print(f'stopped by {stop.signum.name} before iteration {iter_num}; {then}')
 print(f'checkpointing blocked training for {checkpoints.blocked:.2f} s '
       f'({checkpoints.saves} saves)')
 sys.exit(stop.exit_code)

@@ -1,5 +1,5 @@
 # a small character-level model of shakespeare, sized for one GPU
-# (on a CPU, use the sizes of train_pydoc.py)
+# (README.md has nanoGPT's sizes for a CPU)
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'

@@ -294,8 +294,8 @@ class Checkpoints:
         if not read_only:
             self._open_for_writing()
         elif not self.steps():
-            raise UserError(f'no checkpoint in {out_dir} was written by this project: train first, '
-                            'or give another --out_dir')
+            raise UserError(f'{out_dir} has no checkpoint of this project: train first, or give '
+                            'the --out_dir of a run')
 
     def __enter__(self):
         return self
@@ -546,7 +546,7 @@ class Checkpoints:
         latest = metas[max(metas)]['config'] if metas else config
         if changed := [name for name in MEASURE if latest.get(name) != config.get(name)]:
             best = 'is from an earlier checkpoint with this one' if alike else 'starts anew'
-            print(f'the latest checkpoint was evaluated with another {", ".join(changed)}; '
+            print(f'the latest checkpoint is of a run with another {", ".join(changed)}; '
                   f'the best validation loss {best}')
         return min([*alike, 1e9])
 

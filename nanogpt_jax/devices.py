@@ -153,8 +153,8 @@ def select_devices(device='auto'):
     except (RuntimeError, AssertionError) as e:  # an assertion if JAX_PLATFORMS names absent ones
         reason = ' '.join(str(e).split()) or 'see JAX_PLATFORMS'
         raise UserError(f'device {device!r} was requested, but JAX has none ({reason}); use '
-                        f'{usable_platforms()}, or install JAX for that device (see '
-                        'requirements_jax.txt)') from e
+                        f'{usable_platforms()} (on a Mac --device=cpu), or install JAX for that '
+                        'device (see requirements_jax.txt)') from e
     if index:
         if jax.process_count() > 1:
             raise UserError(f'device {device!r} selects one device of one process, but there are '

@@ -79,7 +79,8 @@ def torchrun_arguments():
     if not (host and port.isdecimal()):
         raise UserError(f'with RANK and WORLD_SIZE, MASTER_ADDR (here {host!r}) and MASTER_PORT '
                         f'(here {port!r}) must name the host of the process with RANK=0 and a '
-                        'port: start with torchrun, or see "Several processes" in JAX_README.md')
+                        'port: start with torchrun, or see "Several processes" in '
+                        'docs/distributed.md')
     # torchrun itself listens on MASTER_PORT, so every process derives the same other port from it,
     # below the range that Linux uses for outgoing connections
     other = os.environ.get('JAX_COORDINATOR_PORT') or 20000 + (int(port) + 5000) % 10000

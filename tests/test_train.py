@@ -295,7 +295,7 @@ def test_a_validation_loss_counts_for_the_data_that_it_was_measured_on_only(copy
     flags = ['--eval_interval=2', '--always_save_checkpoint=False', '--learning_rate=1e-4',
              '--min_lr=1e-4']
     easy = resume(copy, *flags, '--dataset=easy', '--max_iters=25')
-    assert 'evaluated with another dataset; the best validation loss starts anew' in easy
+    assert 'a run with another dataset; the best validation loss starts anew' in easy
     again = resume(copy, *flags, '--dataset=tiny', '--max_iters=31')
     assert 'the best validation loss is from an earlier checkpoint with this one' in again
     losses = [{int(s[0]): float(s[2]) for s in STEP.findall(out)} for out in (easy, again)]
@@ -400,8 +400,8 @@ def batches_of(folder, **changed):
 
 
 @pytest.mark.parametrize('content, words', [
-    (b'', 'train.bin has 0 bytes; .* at least block_size [+] 1 = 17'),
-    (b'\0' * 101, 'train.bin has 101 bytes; .* two-byte token ids'),
+    (b'\0' * 32, 'train.bin has 16 tokens, but needs block_size [+] 1 = 17'),
+    (b'\0' * 101, 'train.bin has 101 bytes, but token ids have two'),
     (b'\0\0' * 16 + b'\x14\0' * 2, 'train.bin has the token id 20, .* ends at 19'),
 ])
 def test_unusable_data_is_refused(folder, content, words):
@@ -411,8 +411,11 @@ def test_unusable_data_is_refused(folder, content, words):
 
 
 def test_data_that_is_missing_or_unreadable_is_told_apart(folder, monkeypatch):
-    with pytest.raises(UserError, match='absent/train.bin does not exist: .*python .*prepare.py'):
+    with pytest.raises(UserError, match='no folder .*absent: choose another --dataset'):
         batches_of(folder, data_dir=str(folder / 'absent')).train(0)
+    (folder / 'raw').mkdir()
+    with pytest.raises(UserError, match='raw/train.bin does not exist: .*python .*prepare.py'):
+        batches_of(folder, data_dir=str(folder / 'raw')).train(0)
     def denied(path, *args, **kwargs):  # root may read everything
         raise PermissionError(13, 'Permission denied')
     monkeypatch.setattr(os, 'stat', denied)
