@@ -376,7 +376,8 @@ def add_grads(sums, loss_fn, params, in_loop):
 def make_grad_fn(graphdef, mesh):
     """grad_fn(params, x, y, key, scale) -> (grads, loss): means over all micro-batches and devices.
 
-    x, y: int (micro_steps, B, T). grads are float32 and `scale` times the gradient.
+    x, y: int (micro_steps, B, T). grads are float32 and `scale` times the gradient. For one device
+    and one micro-batch, see lesson 2 of TORCH_TO_JAX_MAPPING.md.
     """
     sharded = mesh.shape['fsdp'] > 1
 

@@ -2,8 +2,9 @@
 The GPT language model of nanoGPT in JAX/Flax NNX: modules, parameters and the forward pass.
 
 Read it next to nanoGPT's model.py: modules have the same names; parameters have Flax's (kernel,
-scale, embedding). The operations (attention, dropout, GELU, cross-entropy, matmul) are in
-nanogpt_jax/ops.py, sampling is in nanogpt_jax/sampling.py.
+scale, embedding). At first skip what is for 'splash' (TPUs) and caches (sampling). The operations
+(attention, dropout, GELU, cross-entropy, matmul) are in nanogpt_jax/ops.py, sampling is in
+nanogpt_jax/sampling.py.
 """
 
 import math
