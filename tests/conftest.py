@@ -40,6 +40,7 @@ def pytest_configure(config):
     # the tests of a file share runs, which another worker would repeat
     if getattr(config.option, 'dist', None) == 'load':
         config.option.dist = 'loadfile'
+        config.option.loadscopereorder = False  # else files of few but long tests come last
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def bucket(folder, monkeypatch):
 
 # -----------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_bit_for_bit_one_in_a_folder(folder, bucket):
     there = [*TINY, '--dataset=gs://bucket/tiny', '--out_dir=gs://bucket/run']
     result = run(folder, '-c', RUN + f'''
