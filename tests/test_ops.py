@@ -164,6 +164,7 @@ def test_dropout_zeroes_the_given_fraction_and_scales_the_rest():
     assert abs((y == 0).mean() - 0.2) < bound
 
 
+@pytest.mark.slow
 def test_remat_and_the_scan_give_the_same_gradient_and_remat_saves_less():
     x, y = tokens(2, 16), tokens(2, 16, seed=1)
     params = nnx.state(tiny(n_layer=2), nnx.Param)

@@ -78,6 +78,7 @@ def test_compute_optimal_sizes_are_those_of_the_papers_tables():
 # -----------------------------------------------------------------------------
 # the model, and what compilers make of it
 
+@pytest.mark.slow
 def test_flops_of_the_model_are_those_of_the_compiled_program():
     config = GPTConfig(**SMALL)
     forward_parts = forward_flops(config)

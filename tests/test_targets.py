@@ -210,6 +210,7 @@ def test_sampling_copies_and_converts_no_head_or_cache_in_a_call_or_for_a_token(
 # -----------------------------------------------------------------------------
 # without a compiler
 
+@pytest.mark.slow
 def test_the_plan_counts_what_devices_exchange_in_a_step(tmp_path):
     result = run(tmp_path, 'tools.plan', '--target=cpu:8', '--fsdp=4', '--n_layer=2',
                  '--n_head=2', '--n_embd=128', '--vocab_size=512', '--block_size=64',

@@ -276,6 +276,7 @@ def test_a_finished_run_has_nothing_left_to_train(trained):
     assert 'nothing left to train' in out and not ITER.findall(out)
 
 
+@pytest.mark.slow
 def test_a_smaller_block_size_crops_on_resume_and_a_larger_is_refused(copy):
     out = resume(copy, '--block_size=8', '--max_iters=21', '--n_layer=5')
     assert 'block_size 16 -> 8' in out and 'n_layer 1 (kept' in out
