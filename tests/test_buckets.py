@@ -157,7 +157,7 @@ def test_only_files_of_this_project_are_removed_or_renamed_in_a_bucket(bucket, c
         assert 'gs://bucket/run/5 is damaged' in capsys.readouterr().out
         save(checkpoints, 6)
         checkpoints.close()
-        with pytest.raises(UserError, match='gs://bucket/run/8 exists and was not written by this project'):
+        with pytest.raises(UserError, match='gs://bucket/run/8 exists and was not written'):
             checkpoints.check_free([8])
     assert checkpoints.steps() == [4, 6] and all((there / other).exists() for other in others)
     renamed, = there.glob('damaged-5-*')
