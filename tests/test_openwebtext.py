@@ -19,6 +19,8 @@ SCRIPT = os.path.join(ROOT, 'data', 'openwebtext', 'prepare.py')
 sys.path.insert(0, os.path.join(ROOT, 'data'))
 import common
 
+pytestmark = pytest.mark.slow  # most need the package datasets, which .ci/run installs
+
 
 def expected_bytes(texts, enc=TINY):
     """The bytes that a file must have: each document's tokens and an end-of-text token."""
