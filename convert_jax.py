@@ -167,7 +167,7 @@ def nanogpt_to_run():
     state, has_moments = read_state(ckpt, config, weights)
     model_args = model_args_of(config)
     settings = {name: value for name, value in ckpt['config'].items()
-                if type(value) in (bool, int, float, str)}
+                if type(name) is str and type(value) in (bool, int, float, str)}
     settings = {'always_save_checkpoint': True} | settings | model_args
     del settings['vocab_size']  # which is not a setting
     vocabulary = vocabulary_of(config, data_dir_of(str(settings.get('dataset', ''))))

@@ -281,7 +281,7 @@ def test_micro_batches_of_large_models_are_smaller_on_a_cpu():
 
 
 class Device:
-    """What is asked of a jax.Device, for devices that are not there."""
+    """The attributes of a jax.Device that the code reads, for devices that this machine lacks."""
 
     def __init__(self, device_kind, compute_capability=None):
         self.device_kind, self.compute_capability = device_kind, compute_capability
@@ -293,7 +293,7 @@ T4 = Device('Tesla T4', '7.5')
 
 @area('devices')
 def test_a_fused_attention_kernel_is_chosen_only_where_it_exists():
-    # older drivers leave out the maker's name; an AMD GPU's capability is no number
+    # older drivers leave out the maker's name; an AMD GPU's capability is not a number
     h200, a100 = Device('NVIDIA H200', '9.0'), Device('A100-SXM4-40GB', '8.0')
     b200, mi300x = Device('NVIDIA B200', '10.0'), Device('AMD Instinct MI300X', 'gfx942')
     cpu, tpu, old_tpu = Device('cpu'), Device('TPU v5 lite'), Device('TPU v3')

@@ -161,7 +161,7 @@ if init_from == 'scratch':
     print('Initializing a new model from scratch')
     if meta_vocab_size is None:
         print('defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)')
-    fields = {name: config[name] for name in GPT_ARGS if name in config} # vocab_size is no flag
+    fields = {name: config[name] for name in GPT_ARGS if name in config} # all but vocab_size
     gptconf = GPTConfig(**fields, vocab_size=meta_vocab_size or 50304)
     state = utils.init_train_state(gptconf, tx, seed, mesh)
 elif init_from == 'resume':

@@ -113,7 +113,7 @@ def test_diffs_apply_are_short_and_those_of_the_architecture_change_the_model_al
 
 
 # -----------------------------------------------------------------------------
-# in the copy: what each fork is for
+# in the copy: the purpose of each fork
 
 def random(*shape):
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)

@@ -161,7 +161,7 @@ def test_a_config_of_training_gives_its_model_with_the_vocabulary_of_its_data(
     monkeypatch.chdir(folder)
     out = printed(dataset='tiny', n_layer=2, n_head=2, n_embd=64, dropout=0.1, batch_size=4)
     assert re.search(r'^2 layers, 2 heads, 64 wide, .* vocabulary 20$', out, re.M)
-    # cuDNN's kernel has no dropout, so it is not used, as in training
+    # with dropout XLA computes attention, as in training
     assert 'xla attention' in out and '\nh.dropout ' in out
 
 

@@ -1,5 +1,5 @@
 """
-The training step compiled for devices that are not there, and tools.plan. Tests of a compiler run
+The training step compiled for devices that you don't have, and tools.plan. Tests of a compiler run
 where it is installed: pip install "jax[cuda12]", or "jax[tpu]".
 """
 

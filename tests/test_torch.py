@@ -369,7 +369,7 @@ class TorchRun:
                     dropout=0.0)
         return {'model': weights | {'lm_head.weight': weights['transformer.wte.weight']},
                 'optimizer': optimizer, 'model_args': args, 'iter_num': iter_num,
-                'best_val_loss': torch.tensor(4.0), 'config': {'dataset': 'none'}}
+                'best_val_loss': torch.tensor(4.0), 'config': {'dataset': 'none', 1: 2}}
 
     def load(self, ckpt):
         """The inverse of checkpoint, as nanoGPT resumes."""

@@ -106,7 +106,7 @@ def print_memory(arguments, n_bytes):
 
 
 def print_collectives(hlo):
-    """What a step exchanges, how often, and what each device sends; like operations share a row."""
+    """Print the collectives of a step: how often they run, and the bytes that a device sends."""
     times, sent = Counter(), Counter()
     for op, n_bytes, n_devices, count, in_loop in collectives(hlo, mesh.size):
         key = op, n_devices, 'every micro-step' if in_loop else 'once'
